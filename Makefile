@@ -1,0 +1,42 @@
+# On Windows, run these under WSL or Git Bash.
+SHELL := /bin/bash
+VENV  := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: setup repro test lint ui help
+.DEFAULT_GOAL := help
+
+help:  ## these targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+setup: $(VENV)/.runtime  ## the virtual environment with the pinned packages
+
+repro: $(VENV)/.runtime  ## download, train, sample and evaluate, as far as something changed
+	dvc repro
+
+test: $(VENV)/.dev  ## all tests
+	python -m pytest
+
+lint: $(VENV)/.dev  ## style and mistakes
+	ruff check .
+	ruff format --check .
+
+ui: $(VENV)/.runtime  ## the MLflow UI, at http://127.0.0.1:5000
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --host 127.0.0.1 --port 5000 --workers 1 \
+		--backend-store-uri sqlite:///mlflow.db --artifacts-destination mlartifacts
+
+# uv installs in half a minute what takes pip several; it comes from where pip's packages come from.
+$(VENV)/bin/uv:
+	python3 -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version) if sys.version_info < (3, 11) else None'
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+
+$(VENV)/.runtime: $(VENV)/bin/uv requirements.txt
+	uv pip install --quiet --python $(VENV)/bin/python -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
+	uv pip install --quiet --python $(VENV)/bin/python -r requirements.txt -r requirements-dev.txt
+	@touch $@

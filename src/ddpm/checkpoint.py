@@ -1,0 +1,59 @@
+"""The trained model as one file, and the training state of a run that has not finished."""
+
+import io
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddpm.diffusion import Diffusion
+from ddpm.files import load_tensors, serialise, sha256, write_atomic
+from ddpm.params import UserError
+from ddpm.unet import UNet
+
+KEPT_STATES = 2  # the newest, and one to fall back to if the newest is damaged
+MADE_BY = "dvc repro train"
+
+
+def save_model(path: Path, weights: dict[str, Tensor], unet: dict, diffusion: dict, label_dropout: float) -> None:
+    """Write all that sampling needs: weights, what the network looks like, what it predicts, and whether it knows classes."""
+    weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
+    content = {"weights": weights, "unet": unet, "diffusion": diffusion, "label_dropout": label_dropout}
+    write_atomic(path, serialise(content))
+
+
+def load_model(path: Path, device: torch.device) -> tuple[UNet, Diffusion, float]:
+    """The network in evaluation mode, its diffusion, and the share of labels dropped in training, from `save_model`'s file.
+
+    Raises UserError if the file is missing, damaged, not a model, or its weights don't fit the network that it describes.
+    """
+    content = load_tensors(path, {"weights", "unet", "diffusion", "label_dropout"}, MADE_BY)
+    try:
+        model, diffusion = UNet(**content["unet"]), Diffusion(**content["diffusion"])
+        model.load_state_dict(content["weights"])
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: its weights are not those of the network that it describes ({reason}); `{MADE_BY}` makes it anew"
+        ) from None
+    model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return model, diffusion.to(device), content["label_dropout"]
+
+
+def save_state(folder: Path, step: int, state: dict) -> None:
+    """Keep the training state after `step` steps, and the one before it; the file's name carries its content's hash."""
+    data = serialise(state)
+    write_atomic(folder / f"state-{step:08d}-{sha256(data)[:16]}.pt", data)
+    for old in sorted(folder.glob("state-*.pt"))[:-KEPT_STATES]:
+        old.unlink()
+
+
+def load_state(folder: Path) -> dict | None:
+    """The newest undamaged training state in `folder`, on the CPU; None where there is none."""
+    for path in sorted(folder.glob("state-*.pt"), reverse=True):
+        data = path.read_bytes()
+        if sha256(data)[:16] == path.stem.rsplit("-", 1)[1]:
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        print(f"warning: {path} is damaged; falling back to the state before it", file=sys.stderr)
+    return None

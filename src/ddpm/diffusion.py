@@ -1,0 +1,81 @@
+"""The discrete-time Gaussian diffusion: forward process, prediction targets, loss and its weighting.
+
+Ho et al. 2020 (eps, the forward process), Salimans and Ho 2022 (v), Hang et al. 2023 (min-SNR weighting).
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from ddpm.schedule import alphas_cumprod
+
+
+def generator(seed: int, stream: str, index: int) -> torch.Generator:
+    """A CPU generator for item `index` of a named stream: what it draws depends on these three alone.
+
+    Nothing is carried from one training step or image to the next, so a resumed run needs no generator's state, and
+    batch size or device change no draw. Neighbouring indices take neighbouring seeds, so a stream never repeats itself.
+    """
+    start = int.from_bytes(hashlib.sha256(f"{stream}/{seed}".encode()).digest()[:4])
+    return torch.Generator().manual_seed((start + index) % 2**32)  # the CPU's Mersenne twister takes 32 bits
+
+
+class Diffusion:
+    """A noise schedule and what the network predicts under it. Images are float [N, C, H, W], timesteps int64 [N]."""
+
+    def __init__(self, timesteps: int, schedule: str, prediction: str, min_snr_gamma: float | None = None):
+        self.timesteps, self.schedule = timesteps, schedule
+        self.prediction, self.min_snr_gamma = prediction, min_snr_gamma
+        self.alphas_cumprod = alphas_cumprod(schedule, timesteps)  # float64 [T]
+        self.alpha = self.alphas_cumprod.sqrt().float()
+        self.sigma = (1 - self.alphas_cumprod).sqrt().float()
+        self.weight = self._loss_weight().float()
+
+    def to(self, device: torch.device) -> "Diffusion":
+        for name in ("alpha", "sigma", "weight"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def _loss_weight(self) -> Tensor:
+        """Weights [T] of the squared error of the prediction: min(SNR, γ), in the units of what is predicted."""
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        if self.min_snr_gamma is None:
+            return torch.ones_like(snr)
+        clipped = snr.clamp(max=self.min_snr_gamma)
+        return {"eps": clipped / snr, "x0": clipped, "v": clipped / (snr + 1)}[self.prediction]
+
+    def _at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
+
+    def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t = alpha_t x0 + sigma_t eps (Ho et al. 2020, eq. 4)."""
+        alpha, sigma = self._at(t)
+        return alpha * x0 + sigma * eps
+
+    def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """What the network should say at x_t; v = alpha_t eps - sigma_t x0 (Salimans and Ho 2022, app. D)."""
+        if self.prediction == "eps":
+            return eps
+        if self.prediction == "x0":
+            return x0
+        alpha, sigma = self._at(t)
+        return alpha * eps - sigma * x0
+
+    def to_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The clean image that the network's `output` at x_t implies."""
+        if self.prediction == "x0":
+            return output
+        alpha, sigma = self._at(t)
+        if self.prediction == "eps":
+            return (x_t - sigma * output) / alpha
+        return alpha * x_t - sigma * output
+
+    def to_eps(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that x_t holds if x0 is the clean image."""
+        alpha, sigma = self._at(t)
+        return (x_t - alpha * x0) / sigma
+
+    def losses(self, output: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The weighted squared error of each image, [N]."""
+        return (output.float() - self.target(x0, t, eps)).square().mean((1, 2, 3)) * self.weight[t]

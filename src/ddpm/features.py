@@ -1,0 +1,83 @@
+"""The evaluator: a small classifier of Fashion-MNIST whose penultimate features the metrics compare.
+
+Distances between feature distributions mean something only under the same features, so the weights are frozen and
+committed (`models/classifier.pth`), with their SHA-256 and recipe beside them (`models/classifier.json`).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm.files import file_sha256, load_tensors
+from ddpm.params import UserError
+
+PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of the training set, pixels in [0, 1]
+FEATURES = 128
+MADE_BY = "python src/train_classifier.py"
+
+
+class Classifier(nn.Module):
+    """A residual CNN, 0.54 M parameters. uint8 images [N, 28, 28] → features [N, 128] and logits [N, 10]."""
+
+    def __init__(self, classes: int = 10, dropout: float = 0.3):
+        super().__init__()
+
+        def conv(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(channels_out)
+            )
+
+        self.stem = conv(1, 32)  # 28×28
+        self.widen = conv(32, 64)  # 14×14
+        self.shortcut = nn.Conv2d(64, FEATURES, 1, bias=False)
+        self.block = nn.Sequential(conv(64, FEATURES), nn.ReLU(), conv(FEATURES, FEATURES))  # 7×7
+        self.down = conv(FEATURES, FEATURES, stride=2)  # 4×4
+        self.last = conv(FEATURES, FEATURES)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(FEATURES, classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = (images.unsqueeze(1).float() / 255 - PIXEL_MEAN) / PIXEL_STD
+        x = F.max_pool2d(F.relu(self.stem(x)), 2)
+        x = F.max_pool2d(F.relu(self.widen(x)), 2)
+        x = F.relu(self.shortcut(x) + self.block(x))
+        x = F.relu(self.down(x))
+        x = F.relu(x + self.last(x))
+        features = x.mean((2, 3))
+        return features, self.head(self.dropout(features))
+
+
+def load_classifier(path: Path) -> Classifier:
+    """The frozen evaluator at `path`, in float32, after its bytes have been checked against the `.json` beside it.
+
+    Raises UserError if either file is missing or the hash is another.
+    """
+    path = Path(path)
+    card = path.with_suffix(".json")
+    try:
+        expected = json.loads(card.read_text())["sha256"]
+    except FileNotFoundError:
+        raise UserError(f"{card}: there is no such file; `{MADE_BY}` makes it together with {path.name}") from None
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{card}: holds no sha256 of {path.name}; `{MADE_BY}` makes both anew") from None
+    weights = load_tensors(path, {"weights"}, MADE_BY)["weights"]
+    if file_sha256(path) != expected:
+        raise UserError(f"{path}: not the classifier that {card.name} describes (SHA-256 differs); FIDs would not compare")
+    classifier = Classifier(classes=len(weights["head.bias"]))
+    classifier.load_state_dict({name: w.float() if w.is_floating_point() else w for name, w in weights.items()})
+    return classifier.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def extract(classifier: Classifier, images: Tensor, device: torch.device, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+    """Features float32 [N, 128] and predicted classes int64 [N] of uint8 images [N, 28, 28], on the CPU."""
+    classifier = classifier.to(device, memory_format=torch.channels_last)
+    features, predictions = [], []
+    for batch in images.split(batch_size):
+        f, logits = classifier(batch.to(device))
+        features.append(f.float().cpu())
+        predictions.append(logits.argmax(1).cpu())
+    return torch.cat(features), torch.cat(predictions)

@@ -1,0 +1,97 @@
+"""How good, how varied and how new samples are: FID, KID, precision/recall, density/coverage, nearest neighbours.
+
+Every figure compares sets of feature vectors [N, D] (or pixels) and is a plain, deterministic function of them.
+"""
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+ROWS = 1000  # of a distance matrix held at a time
+
+
+class _Features(nn.Module):
+    """Stands where torchmetrics expects a network: what it is given are the features already."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def fid(samples: Tensor, reference: Tensor) -> float:
+    """Fréchet distance between Gaussians fitted to two sets of features [N, D], [M, D] (Heusel et al. 2017, eq. 6)."""
+    metric = FrechetInceptionDistance(feature=_Features(samples.shape[1]), input_img_size=(samples.shape[1],)).set_dtype(
+        torch.float64
+    )
+    metric.update(reference.double(), real=True)
+    metric.update(samples.double(), real=False)
+    return metric.compute().item()
+
+
+def kid(samples: Tensor, reference: Tensor, seed: int = 0) -> float:
+    """Kernel distance: the unbiased MMD² under a cubic kernel, mean over random subsets (Bińkowski et al. 2018, sec. 4)."""
+    size = min(KID_SUBSET_SIZE, len(samples), len(reference))
+    metric = KernelInceptionDistance(feature=_Features(samples.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+    metric.update(reference.float(), real=True)
+    metric.update(samples.float(), real=False)
+    with torch.random.fork_rng(devices=[]):  # torchmetrics draws the subsets from the global generator
+        torch.manual_seed(seed)
+        mean, _ = metric.compute()
+    return mean.item()
+
+
+def prdc(samples: Tensor, reference: Tensor, k: int = 5) -> dict[str, float]:
+    """Precision, recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020) of features [N, D], [M, D].
+
+    A ball around each point reaches to its k-th nearest neighbour in its own set. Precision: the share of samples in
+    some reference ball. Recall: the share of references in some sample ball. Density: how many reference balls a sample
+    lies in, over k. Coverage: the share of reference balls that hold a sample.
+    """
+    reference_radii, sample_radii = _kth_neighbour_distance(reference, k), _kth_neighbour_distance(samples, k)
+    precise = density = recalled = 0
+    covered = torch.zeros(len(reference), dtype=torch.bool)
+    within_samples = torch.zeros(len(reference), dtype=torch.bool)
+    for rows, radii in zip(samples.split(ROWS), sample_radii.split(ROWS), strict=True):
+        distance = torch.cdist(rows, reference)
+        in_reference = distance <= reference_radii
+        precise += in_reference.any(1).sum().item()
+        density += in_reference.sum().item()
+        covered |= in_reference.any(0)
+        within_samples |= (distance <= radii[:, None]).any(0)
+    recalled = within_samples.sum().item()
+    return {
+        "precision": precise / len(samples),
+        "recall": recalled / len(reference),
+        "density": density / (k * len(samples)),
+        "coverage": covered.float().mean().item(),
+    }
+
+
+def nearest(queries: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Euclidean distance [N] to, and index [N] of, the nearest of `reference` [M, D] for each of `queries` [N, D]."""
+    index = torch.cat([torch.cdist(rows, reference).argmin(1) for rows in queries.split(ROWS)])
+    distance = torch.cat(  # once more without the matrix product, whose rounding blurs distances near zero
+        [(q - reference[i]).norm(dim=1) for q, i in zip(queries.split(ROWS), index.split(ROWS), strict=True)]
+    )
+    return distance, index
+
+
+def memorisation(sample_distance: Tensor, test_distance: Tensor) -> tuple[float, float]:
+    """How much closer to the training set samples lie than unseen real images do, from both nearest distances.
+
+    Returns the ratio of the medians (well under 1: copies) and the share of samples nearer than the first percentile of
+    the test images (0.01 is what real images have).
+    """
+    ratio = sample_distance.median() / test_distance.median()
+    share = (sample_distance < test_distance.quantile(0.01)).float().mean()
+    return ratio.item(), share.item()
+
+
+def _kth_neighbour_distance(x: Tensor, k: int) -> Tensor:
+    """Distance [N] from each row of `x` [N, D] to its k-th nearest other row."""
+    return torch.cat([torch.cdist(rows, x).kthvalue(k + 1, dim=1).values for rows in x.split(ROWS)])

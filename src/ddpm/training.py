@@ -1,0 +1,289 @@
+"""The training loop: batches, loss, optimiser, EMA, validation, in-training samples, resume."""
+
+import copy
+import hashlib
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpm.checkpoint import load_state, save_state
+from ddpm.data import CLASSES, to_model_range, to_uint8
+from ddpm.diffusion import Diffusion, generator
+from ddpm.params import TrainParams, UserError
+from ddpm.samplers import ImageNoise, generate
+from ddpm.unet import UNet
+
+WINDOW = 10  # steps between looks at the loss: the host waits for the device no more often
+STATE_SECONDS = 60  # between two saved training states; when they are saved changes no result
+VALIDATION_IMAGES = 1000
+VALIDATION_SEED = 0  # the same noise for every run, so that runs with other seeds compare
+BUCKETS = 4  # of timesteps, for the validation loss
+PREVIEW_ROWS, PREVIEW_STEPS = 4, 20
+NULL_CLASS = len(CLASSES)
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; its training state is saved."""
+
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(f"stopped after step {step}; the same command goes on from there")
+        self.exit_status = 128 + signal_number
+
+
+class Log(Protocol):
+    """Where the loop reports to; it changes nothing that the loop computes."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None: ...
+
+    def preview(self, step: int, images: Tensor) -> None: ...
+
+
+@dataclass
+class Data:
+    """The data set, held on the device: images uint8 [N, 28, 28], labels int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+@dataclass
+class Trained:
+    weights: dict[str, Tensor]  # EMA
+    train_curve: list[dict[str, float]]  # a row every WINDOW steps, means over the window
+    validation_curve: list[dict[str, float]]  # a row every `report_every` steps
+
+
+def train(p: TrainParams, data: Data, device: torch.device, states: Path, log: Log, compile_model: bool) -> Trained:
+    """Train for `p.steps` steps, from the newest state in `states` if there is one.
+
+    What step s draws depends on (p.seed, s) alone, so the result is the same whether or not the run was interrupted.
+    Raises UserError when a loss isn't finite (before it touches the weights) and Stopped on SIGTERM or Ctrl-C.
+    """
+    torch.manual_seed(p.seed)  # initial weights
+    model = UNet(**p.model.model_dump()).to(device, memory_format=torch.channels_last)
+    diffusion = Diffusion(**p.diffusion.model_dump()).to(device)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=p.learning_rate, betas=(0.9, 0.99), weight_decay=p.weight_decay, fused=True)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    ema_parameters = list(ema.parameters())
+    start, train_curve, validation_curve = 0, [], []
+
+    if state := load_state(states):
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, train_curve, validation_curve = state["step"], state["train_curve"], state["validation_curve"]
+
+    network = torch.compile(model) if compile_model else model
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(p, device))
+    broken = torch.zeros((), device=device)  # 1 from the first non-finite loss on: the fused optimizer then skips its step
+    optimizer.grad_scale, optimizer.found_inf = None, broken
+    losses, norms = torch.zeros(WINDOW, device=device), torch.zeros(WINDOW, device=device)
+    saved_at = time.monotonic()
+
+    with stop_signals() as stop, tqdm(total=p.steps, initial=start, unit="step", desc="train", dynamic_ncols=True) as bar:
+        if start == 0:
+            report(p, 0, ema, diffusion, data, validation_curve, log)
+        window_began = time.monotonic()
+        for step in range(start, p.steps):
+            set_learning_rate(optimizer, learning_rate(p, step))
+            batch, t, eps, dropped = (x.to(device, non_blocking=True) for x in draw(p, step, len(data.images)))
+            x0 = to_model_range(data.images[batch])
+            labels = data.labels[batch].masked_fill(dropped, NULL_CLASS)
+
+            model.train()
+            if p.model.dropout:
+                torch.manual_seed(generator(p.seed, "dropout", step).initial_seed())
+            with autocast:
+                output = network(diffusion.q_sample(x0, t, eps).contiguous(memory_format=torch.channels_last), t, labels)
+            loss = diffusion.losses(output, x0, t, eps).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, p.grad_clip)
+            broken.copy_(torch.maximum(broken, 1 - torch.isfinite(loss + norm).float()))
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(ema_parameters, parameters, 1 - ema_decay(p, step))
+            losses[step % WINDOW], norms[step % WINDOW] = loss.detach(), norm
+
+            done = step + 1
+            if done % WINDOW and done < p.steps:
+                continue
+            steps = range(step // WINDOW * WINDOW, done)
+            window = losses[: len(steps)].tolist()
+            if broken.item():
+                bad = next((s for s, value in zip(steps, window, strict=True) if not math.isfinite(value)), steps[-1])
+                raise UserError(
+                    f"training stopped at step {bad}: the loss or its gradient is not finite (learning rate "
+                    f"{learning_rate(p, bad):.2g}); lower train.learning_rate or raise train.warmup_steps"
+                )
+            row = {"step": done, "loss": sum(window) / len(window), "learning_rate": learning_rate(p, step)}
+            row["grad_norm"] = norms[: len(steps)].mean().item()
+            train_curve.append(row)
+            images_per_second = len(steps) * p.batch_size / (time.monotonic() - window_began)
+            for s, value in zip(steps, window, strict=True):
+                log.metrics(s + 1, {"train/loss": value})
+            log.metrics(done, {f"train/{k}": row[k] for k in ("learning_rate", "grad_norm")})
+            log.metrics(done, {"train/images_per_second": images_per_second})
+            bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{images_per_second:.0f}", refresh=False)
+            bar.update(done - bar.n)
+
+            if done % p.report_every == 0 or done == p.steps:
+                report(p, done, ema, diffusion, data, validation_curve, log)
+            if stop or time.monotonic() - saved_at > STATE_SECONDS:
+                save_state(
+                    states,
+                    done,
+                    {
+                        "step": done,
+                        "model": model.state_dict(),
+                        "ema": ema.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "train_curve": train_curve,
+                        "validation_curve": validation_curve,
+                    },
+                )
+                saved_at = time.monotonic()
+            if stop:
+                raise Stopped(stop[0], done)
+            window_began = time.monotonic()
+    return Trained(ema.state_dict(), train_curve, validation_curve)
+
+
+def use_bfloat16(p: TrainParams, device: torch.device) -> bool:
+    return p.precision == "bfloat16" or (p.precision == "auto" and device.type == "cuda")
+
+
+def draw(p: TrainParams, step: int, images: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What training step `step` draws, from (seed, step) alone, on the CPU.
+
+    Indices int64 [B] of images, timesteps int64 [B], noise float [B, 1, 28, 28], and which labels are dropped, bool [B].
+    Timesteps are stratified: one from each B-th of the range, which makes the loss less noisy (Kingma et al. 2021, app. I.1).
+    """
+    g = generator(p.seed, "train", step)
+    batch = torch.randint(images, (p.batch_size,), generator=g)
+    strata = (torch.arange(p.batch_size) + torch.rand(p.batch_size, generator=g)) / p.batch_size
+    t = (strata * p.diffusion.timesteps).long().clamp(max=p.diffusion.timesteps - 1)
+    eps = torch.randn(p.batch_size, 1, 28, 28, generator=g)
+    dropped = torch.rand(p.batch_size, generator=g) < p.label_dropout
+    return batch, t, eps, dropped
+
+
+def learning_rate(p: TrainParams, step: int) -> float:
+    """Linear warm-up, then a half cosine down to zero at the last step."""
+    if step < p.warmup_steps:
+        return p.learning_rate * (step + 1) / p.warmup_steps
+    progress = (step - p.warmup_steps) / max(p.steps - p.warmup_steps, 1)
+    return p.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def ema_decay(p: TrainParams, step: int) -> float:
+    """The decay at `step`: young averages forget faster, so that the random start doesn't linger."""
+    return min(p.ema_decay, (1 + step) / (10 + step))
+
+
+def report(
+    p: TrainParams, done: int, ema: UNet, diffusion: Diffusion, data: Data, validation_curve: list[dict[str, float]], log: Log
+) -> None:
+    """The validation loss and a small grid of samples, both from the EMA weights, after `done` steps."""
+    row = {"step": done, **validate(p, ema, diffusion, data)}
+    validation_curve.append(row)
+    log.metrics(done, {f"val/{name}": value for name, value in row.items() if name != "step"})
+    log.preview(done, preview(p, ema, diffusion, data.images.device))
+
+
+@torch.inference_mode()
+def validate(p: TrainParams, model: UNet, diffusion: Diffusion, data: Data) -> dict[str, float]:
+    """The loss on the first test images with fixed noise and timesteps, all of it and by bucket of timesteps."""
+    device, n = data.images.device, min(VALIDATION_IMAGES, len(data.test_images))
+    g = generator(VALIDATION_SEED, "validation", 0)
+    eps = torch.randn(n, 1, 28, 28, generator=g)
+    t = torch.arange(n) * diffusion.timesteps // n
+    t = t[torch.randperm(n, generator=g)]  # or the sorted timesteps would meet the images in the test set's order
+    unlabelled = p.label_dropout == 1
+    losses = []
+    for rows in torch.arange(n).split(250):
+        x0, times = to_model_range(data.test_images[rows.to(device)]), t[rows].to(device)
+        labels = data.test_labels[rows.to(device)]
+        labels = torch.full_like(labels, NULL_CLASS) if unlabelled else labels
+        noise = eps[rows].to(device)
+        losses.append(diffusion.losses(model(diffusion.q_sample(x0, times, noise), times, labels), x0, times, noise).cpu())
+    losses, edges = torch.cat(losses), [diffusion.timesteps * b // BUCKETS for b in range(BUCKETS + 1)]
+    by_bucket = {f"loss_t{low}-{high - 1}": losses[(t >= low) & (t < high)].mean().item() for low, high in pairwise(edges)}
+    return {"loss": losses.mean().item(), **by_bucket}
+
+
+def preview(p: TrainParams, model: UNet, diffusion: Diffusion, device: torch.device) -> Tensor:
+    """A few samples of every class, uint8 [PREVIEW_ROWS * 10, 28, 28]: column c is class c."""
+    labels = torch.arange(len(CLASSES), device=device).repeat(PREVIEW_ROWS)
+    if p.label_dropout == 1:
+        labels = torch.full_like(labels, NULL_CLASS)
+    noise = ImageNoise(VALIDATION_SEED, 0, len(labels), (1, 28, 28), device)
+    steps = min(PREVIEW_STEPS, diffusion.timesteps)
+    *_, (x, _) = generate(model, diffusion, labels, NULL_CLASS, noise, "ddim", steps)
+    return to_uint8(x).cpu()
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and Ctrl-C append to, so that the loop stops between two steps; a second Ctrl-C interrupts."""
+    received: list[int] = []
+
+    def handle(number: int, _frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fingerprint(p: TrainParams, files: list[Path]) -> str:
+    """Names a run by what its result depends on: parameters, and the bytes of data and source files."""
+    digest = hashlib.sha256(json.dumps(p.model_dump(), sort_keys=True).encode())
+    for path in files:
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def state_folder(folder: Path) -> Iterator[Path]:
+    """`folder`, or the first of folder-2, folder-3 … that no running process holds; theirs for as long as it lasts."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for n in range(1, 100):
+        candidate = folder if n == 1 else folder.with_name(f"{folder.name}-{n}")
+        lock = FileLock(candidate.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue
+        try:
+            candidate.mkdir(exist_ok=True)
+            yield candidate
+        finally:
+            lock.release()
+        return
+    raise UserError(f"{folder}: 99 runs of the same configuration are under way")
