@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm import tracking
 from ddpm.data import CLASSES, RAW, load_split
 from ddpm.device import select_device
-from ddpm.features import extract, load_classifier
+from ddpm.features import extract, extract_cached, load_classifier
 from ddpm.figures import save_png, sheet
 from ddpm.files import file_sha256, write_atomic
 from ddpm.metrics import fid, kid, memorisation, nearest, prdc
@@ -42,9 +42,10 @@ def main() -> None:
         "evaluate", params.model_dump(), project_root(), checkpoint_sha256=checkpoint, device=str(device)
     ) as run:
         run.tags({"samples": len(images), "evaluator_sha256": file_sha256(path)})
-        (samples, predicted), (train, _), (test, test_predicted) = (
-            extract(classifier, x, device) for x in (images, train_images, test_images)
-        )
+        cache = project_root() / ".cache"
+        samples, predicted = extract(classifier, images, device)
+        train, _ = extract_cached(classifier, train_images, device, cache)
+        test, test_predicted = extract_cached(classifier, test_images, device, cache)
         metrics = {
             "fid": fid(samples, train),
             "fid_test": fid(samples, test),

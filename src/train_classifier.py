@@ -79,9 +79,8 @@ def main() -> None:
     train_images, train_labels = load_split(RAW, "train")
     test_images, test_labels = load_split(RAW, "test")
 
-    weights = {
-        name: w.half() if w.is_floating_point() else w for name, w in train(train_images, train_labels).state_dict().items()
-    }
+    weights = train(train_images, train_labels).state_dict()
+    weights = {name: w.half().contiguous() if w.is_floating_point() else w for name, w in weights.items()}
     model = Classifier()
     model.load_state_dict(weights)  # judged as it will be used: from half precision, in float32
     model.eval()

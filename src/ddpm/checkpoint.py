@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion import Diffusion
-from ddpm.files import load_tensors, serialise, sha256, write_atomic
+from ddpm.files import load_tensors, read_verified, serialise, write_atomic, write_verified
 from ddpm.params import UserError
 from ddpm.unet import UNet
 
@@ -18,7 +18,7 @@ MADE_BY = "dvc repro train"
 
 def save_model(path: Path, weights: dict[str, Tensor], unet: dict, diffusion: dict, label_dropout: float) -> None:
     """Write all that sampling needs: weights, what the network looks like, what it predicts, and whether it knows classes."""
-    weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
+    weights = {name: w.detach().cpu().clone(memory_format=torch.contiguous_format) for name, w in weights.items()}
     content = {"weights": weights, "unet": unet, "diffusion": diffusion, "label_dropout": label_dropout}
     write_atomic(path, serialise(content))
 
@@ -32,7 +32,7 @@ def load_model(path: Path, device: torch.device) -> tuple[UNet, Diffusion, float
     try:
         model, diffusion = UNet(**content["unet"]), Diffusion(**content["diffusion"])
         model.load_state_dict(content["weights"])
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path}: its weights are not those of the network that it describes ({reason}); `{MADE_BY}` makes it anew"
@@ -42,9 +42,8 @@ def load_model(path: Path, device: torch.device) -> tuple[UNet, Diffusion, float
 
 
 def save_state(folder: Path, step: int, state: dict) -> None:
-    """Keep the training state after `step` steps, and the one before it; the file's name carries its content's hash."""
-    data = serialise(state)
-    write_atomic(folder / f"state-{step:08d}-{sha256(data)[:16]}.pt", data)
+    """Keep the training state after `step` steps, and the one before it."""
+    write_verified(folder / f"state-{step:08d}.pt", serialise(state))
     for old in sorted(folder.glob("state-*.pt"))[:-KEPT_STATES]:
         old.unlink()
 
@@ -52,8 +51,7 @@ def save_state(folder: Path, step: int, state: dict) -> None:
 def load_state(folder: Path) -> dict | None:
     """The newest undamaged training state in `folder`, on the CPU; None where there is none."""
     for path in sorted(folder.glob("state-*.pt"), reverse=True):
-        data = path.read_bytes()
-        if sha256(data)[:16] == path.stem.rsplit("-", 1)[1]:
+        if data := read_verified(path):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         print(f"warning: {path} is damaged; falling back to the state before it", file=sys.stderr)
     return None

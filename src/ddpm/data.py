@@ -11,6 +11,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,11 @@ CONNECT_TIMEOUT, READ_TIMEOUT = 5, 30  # seconds
 
 
 class SourceError(Exception):
-    """Why one source did not give one file."""
+    """Why a source gives nothing."""
+
+
+class FileError(SourceError):
+    """Why a source does not give one file; it may give the others."""
 
 
 def load_split(raw: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -76,9 +81,9 @@ def download(raw: Path, cache: Path, folder: Path | None = None, mirrors: Sequen
     failures = []
     sources: list[tuple[str, Callable]] = []
     if folder is not None:
-        sources.append((f"folder {folder}", lambda names: _from_folder(folder, names)))
+        sources.append((f"folder {folder}", lambda names: _one_by_one(_from_folder, folder, names)))
     for mirror in mirrors:
-        sources.append((f"mirror {mirror}", lambda names, mirror=mirror: _from_mirror(mirror, names)))
+        sources.append((f"mirror {mirror}", lambda names, mirror=mirror: _one_by_one(_from_mirror, mirror, names)))
     if debian:
         sources.append((f"Debian package {DEBIAN_PACKAGE}", _from_debian))
 
@@ -87,8 +92,14 @@ def download(raw: Path, cache: Path, folder: Path | None = None, mirrors: Sequen
             break
         print(f"trying {source}", file=sys.stderr)
         try:
-            for name, data in fetch(list(missing)):
-                _verify(name, data)
+            for name, get in fetch(list(missing)):
+                try:
+                    data = get()
+                    _verify(name, data)
+                except FileError as error:
+                    failures.append(f"{source}: {error}")
+                    print(f"  failed: {error}", file=sys.stderr)
+                    continue
                 write_atomic(cache / name, data)
                 missing.remove(name)
         except SourceError as error:
@@ -123,46 +134,48 @@ def _read_verified(path: Path) -> bytes:
 
 def _verify(name: str, data: bytes) -> None:
     if sha256(data) != FILES[name]:
-        raise SourceError(f"{name} has the wrong bytes (SHA-256 {sha256(data)[:12]}…, {FILES[name][:12]}… expected)")
+        raise FileError(f"{name} has the wrong bytes (SHA-256 {sha256(data)[:12]}…, {FILES[name][:12]}… expected)")
 
 
 def _unpack(name: str, data: bytes) -> bytes:
     try:
         return gzip.decompress(data)
     except (EOFError, OSError, zlib.error) as error:
-        raise SourceError(f"{name}.gz is not a whole gzip file ({error})") from None
+        raise FileError(f"{name}.gz is not a whole gzip file ({error})") from None
 
 
-def _from_folder(folder: Path, names: list[str]):
+def _one_by_one(get: Callable, source: Path | str, names: list[str]):
     for name in names:
-        packed, unpacked = folder / f"{name}.gz", folder / name
-        try:
-            if unpacked.is_file():
-                yield name, unpacked.read_bytes()
-            elif packed.is_file():
-                yield name, _unpack(name, packed.read_bytes())
-            else:
-                raise SourceError(f"it has neither {name} nor {name}.gz")
-        except OSError as error:
-            raise SourceError(f"{error.filename}: {error.strerror}") from None
+        yield name, partial(get, source, name)
 
 
-def _from_mirror(mirror: str, names: list[str]):
-    for name in names:
-        data = bytearray()
-        try:
-            with requests.get(f"{mirror}{name}.gz", stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as response:
-                response.raise_for_status()
-                size = int(response.headers.get("content-length", 0)) or None
-                with tqdm(total=size, unit="B", unit_scale=True, desc=name, leave=False) as bar:
-                    for chunk in response.raw.stream(1 << 16, decode_content=False):
-                        data += chunk
-                        bar.update(len(chunk))
-        except requests.HTTPError as error:
-            raise SourceError(f"{name}.gz: HTTP {error.response.status_code} {error.response.reason}") from None
-        except Exception as error:  # requests passes urllib3's errors of the raw stream through as they are
-            raise SourceError(f"{name}.gz: {type(error).__name__}") from None
-        yield name, _unpack(name, bytes(data))
+def _from_folder(folder: Path, name: str) -> bytes:
+    packed, unpacked = folder / f"{name}.gz", folder / name
+    try:
+        if unpacked.is_file():
+            return unpacked.read_bytes()
+        if packed.is_file():
+            return _unpack(name, packed.read_bytes())
+    except OSError as error:
+        raise FileError(f"{error.filename}: {error.strerror}") from None
+    raise FileError(f"it has neither {name} nor {name}.gz")
+
+
+def _from_mirror(mirror: str, name: str) -> bytes:
+    data = bytearray()
+    try:
+        with requests.get(f"{mirror}{name}.gz", stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as response:
+            response.raise_for_status()
+            size = int(response.headers.get("content-length", 0)) or None
+            with tqdm(total=size, unit="B", unit_scale=True, desc=name, leave=False) as bar:
+                for chunk in response.raw.stream(1 << 16, decode_content=False):
+                    data += chunk
+                    bar.update(len(chunk))
+    except requests.HTTPError as error:
+        raise FileError(f"{name}.gz: HTTP {error.response.status_code} {error.response.reason}") from None
+    except Exception as error:  # requests passes urllib3's errors of the raw stream through as they are
+        raise SourceError(f"{name}.gz: {type(error).__name__}") from None
+    return _unpack(name, bytes(data))
 
 
 def _from_debian(names: list[str]):
@@ -188,7 +201,7 @@ def _from_debian(names: list[str]):
             path = Path(folder, "unpacked/usr/share/datasets/fashion-mnist", f"{name}.gz")
             if not path.is_file():
                 raise SourceError(f"{package.name} has no {path.name}")
-            yield name, _unpack(name, path.read_bytes())
+            yield name, partial(_unpack, name, path.read_bytes())
 
 
 def _run(command: list[str], folder: str) -> None:

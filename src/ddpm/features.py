@@ -4,6 +4,8 @@ Distances between feature distributions mean something only under the same featu
 committed (`models/classifier.pth`), with their SHA-256 and recipe beside them (`models/classifier.json`).
 """
 
+import hashlib
+import io
 import json
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.files import file_sha256, load_tensors
+from ddpm.files import file_sha256, load_tensors, read_verified, serialise, write_verified
 from ddpm.params import UserError
 
 PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of the training set, pixels in [0, 1]
@@ -81,3 +83,18 @@ def extract(classifier: Classifier, images: Tensor, device: torch.device, batch_
         features.append(f.float().cpu())
         predictions.append(logits.argmax(1).cpu())
     return torch.cat(features), torch.cat(predictions)
+
+
+def extract_cached(classifier: Classifier, images: Tensor, device: torch.device, cache: Path) -> tuple[Tensor, Tensor]:
+    """`extract`, kept in the folder `cache` for the next time: the real images are the same at every evaluation."""
+    digest = hashlib.sha256(images.numpy().tobytes())
+    for weight in classifier.state_dict().values():
+        digest.update(weight.cpu().numpy().tobytes())
+    digest.update(f"{torch.__version__} {device} {torch.get_num_threads()}".encode())  # what rounding depends on
+    path = cache / f"features-{digest.hexdigest()[:16]}.pt"
+    if data := read_verified(path):
+        content = torch.load(io.BytesIO(data), weights_only=True)
+        return content["features"], content["predictions"]
+    features, predictions = extract(classifier, images, device)
+    write_verified(path, serialise({"features": features, "predictions": predictions}))
+    return features, predictions

@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,8 +47,21 @@ def write_atomic(path: Path, data: bytes) -> None:
             finally:
                 os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path}: can't be written ({error.strerror})") from None
+
+
+def write_verified(path: Path, data: bytes) -> None:
+    """Write `data` atomically, behind its hash, for `read_verified`."""
+    write_atomic(path, hashlib.sha256(data).digest() + data)
+
+
+def read_verified(path: Path) -> bytes | None:
+    """The data that `write_verified` wrote; None if the file is missing or damaged."""
+    content = path.read_bytes() if path.is_file() else b""
+    digest, data = content[:32], content[32:]
+    return data if hashlib.sha256(data).digest() == digest else None
 
 
 def serialise(obj: object) -> bytes:
@@ -64,7 +78,11 @@ def load_tensors(path: Path, keys: set[str], made_by: str) -> dict:
     good file, if the file is missing, damaged, holds code, or lacks a key.
     """
     try:
-        content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        file = io.BytesIO(path.read_bytes())
+        if (damaged := zipfile.ZipFile(file).testzip()) is not None:  # torch.load doesn't look at the checksums
+            raise zipfile.BadZipFile(damaged)
+        file.seek(0)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; `{made_by}` makes it") from None
     except OSError as error:

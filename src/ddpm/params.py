@@ -3,14 +3,16 @@
 import difflib
 import math
 import os
+import reprlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic_core import PydanticCustomError
 
 IMAGE_SIZE = 28
 GROUPS = 8  # of every GroupNorm: widths are multiples of it
@@ -23,13 +25,32 @@ class UserError(Exception):
     """A mistake that the user can mend: shown as it is, without a traceback."""
 
 
+def allowed(what: str) -> WrapValidator:
+    """One message, that the value should be `what`, in place of all that pydantic has to say of it."""
+
+    def validate(value: Any, inner: Any) -> Any:
+        with suppress(ValidationError):
+            if type(result := inner(value)) is type(value):  # a Literal takes true for 1
+                return result
+        raise PydanticCustomError("allowed", what)
+
+    return WrapValidator(validate)
+
+
+Width = Annotated[int, Field(ge=GROUPS, le=4096, multiple_of=GROUPS)]
+Widths = Annotated[list[Width], Field(min_length=1, max_length=5), allowed("a list of 1 to 5 multiples of 8, at most 4096")]
+ClassList = Annotated[list[Annotated[int, Field(ge=0, le=9)]], Field(min_length=1, max_length=10)]
+Classes = Annotated[Literal["all", "none"] | ClassList, allowed("all, none or a list of classes from 0 to 9")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"), allowed("auto, cpu, cuda, mps or, say, cuda:1")]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelParams(Section):
-    patch_size: Literal[1, 2, 4]
-    channels: list[Annotated[int, Field(ge=GROUPS, le=4096, multiple_of=GROUPS)]] = Field(min_length=1, max_length=5)
+    patch_size: Annotated[Literal[1, 2, 4], allowed("1, 2 or 4")]
+    channels: Widths
     blocks: Annotated[int, Field(ge=1, le=8)]
     attention: list[int]
     heads: Annotated[int, Field(ge=1, le=64)]
@@ -87,7 +108,7 @@ class SampleParams(Section):
     variance: Literal["small", "large"]
     clip: bool
     guidance_scale: Annotated[float, Field(ge=0, le=100)]
-    classes: Literal["all", "none"] | Annotated[list[Annotated[int, Field(ge=0, le=9)]], Field(min_length=1, max_length=10)]
+    classes: Classes
     count: Annotated[int, Field(ge=10, le=1_000_000)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -97,8 +118,8 @@ class EvaluateParams(Section):
 
 
 class RuntimeParams(Section):
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
-    compile: Literal["auto", True, False]
+    device: Device
+    compile: Annotated[Literal["auto", True, False], allowed("auto, true or false")]
     data_folder: str | None
 
 
@@ -117,12 +138,13 @@ class Params(Section):
             )
         if self.sample.guidance_scale != 1 and self.train.label_dropout == 0:
             raise ValueError(
-                "sample.guidance_scale: guidance needs a model that also trained without labels; set train.label_dropout > 0"
+                f"sample.guidance_scale: {self.sample.guidance_scale} needs a model that also trained without labels; "
+                "set train.label_dropout > 0"
             )
         if self.sample.classes == "none" and self.train.label_dropout == 0:
             raise ValueError("sample.classes: 'none' needs a model that also trained without labels; set train.label_dropout > 0")
         if self.sample.classes != "none" and self.train.label_dropout == 1:
-            raise ValueError("sample.classes: train.label_dropout: 1.0 makes a model without classes; set sample.classes: none")
+            raise ValueError("sample.classes: train.label_dropout: 1 makes a model without classes; set sample.classes: none")
         return self
 
 
@@ -136,12 +158,13 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         raise UserError(f"{path}: can't be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # 2020-99-99: a ValueError
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or 'unreadable characters'})") from None
+        problem = getattr(error, "problem", None) or "unreadable characters or values"
+        raise UserError(f"{path}{where}: not YAML ({problem})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: empty, or not a list of sections; it wants {', '.join(Params.model_fields)}")
+        raise UserError(f"{path}: has no sections; it needs {', '.join(Params.model_fields)}")
     try:
         return Params.model_validate(content)
     except ValidationError as error:
@@ -149,21 +172,42 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         raise UserError("\n".join(f"{path}: {line}" for line in lines)) from None
 
 
+KINDS = {  # pydantic's names of faults, and what the value should be
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "model_type": "a section of keys",
+}
+
+
 def _explain(fault: dict[str, Any]) -> str:
     """One fault that pydantic found, as one line."""
-    keys = [str(key) for key in fault["loc"] if not (isinstance(key, str) and ("[" in key or key == "str"))]
+    keys = [str(key) if str(key).isprintable() else repr(key) for key in fault["loc"]]
     where, value, kind = ".".join(keys), fault["input"], fault["type"]
-    message = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    if kind == "value_error":
+    if kind == "value_error":  # its message starts with a key
+        message = fault["msg"].removeprefix("Value error, ")
         return f"{where}.{message}" if where else message
     if kind == "missing":
         return f"{where}: missing"
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "invalid_key"):
         close = difflib.get_close_matches(keys[-1], _known_keys(keys[:-1]), n=1)
         return f"{where}: there is no such key" + (f"; did you mean {close[0]}?" if close else "")
-    if kind in ("float_type", "int_type") and isinstance(value, str) and _is_number(value):
-        return f"{where}: {value!r} is text to YAML; write it as {float(value):.10f}".rstrip("0").rstrip(".")
-    return f"{where}: {value!r} should be {message}"
+    if kind in ("float_type", "int_type") and isinstance(value, str) and (number := _plain_number(value)):
+        return f"{where}: {value!r} is text to YAML; write it as {number}"
+    message = KINDS.get(kind) or fault["msg"].removeprefix("Input should be ")
+    message = message.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+    return f"{where}: {_shown(value)} should be {message}"
+
+
+def _shown(value: Any) -> str:
+    """`value` on one short line."""
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return "this number"
+    return {"None": "null", "True": "true", "False": "false"}.get(text, text)
 
 
 def _known_keys(path: list[str]) -> list[str]:
@@ -173,11 +217,13 @@ def _known_keys(path: list[str]) -> list[str]:
     return list(section.model_fields)
 
 
-def _is_number(text: str) -> bool:
+def _plain_number(text: str) -> str | None:
+    """The number that `text` spells, as YAML reads it: 2e-4 as 0.0002. None where it spells none, or none so short."""
     try:
-        return math.isfinite(float(text))
+        plain = f"{float(text):.10f}".rstrip("0").rstrip(".")
+        return plain if math.isfinite(float(text)) and float(plain) == float(text) and len(plain) <= 20 else None
     except ValueError:
-        return False
+        return None
 
 
 def project_root() -> Path:

@@ -118,7 +118,7 @@ class Run:
         self.finishing.set()
         shipped = self.shipped.wait(EXIT_SECONDS["local" if self.store.is_local else "remote"])
         self.journal.file.close()
-        resumable = status != "FINISHED" and self.store.start["stage"] == "train"
+        resumable = _is_resumable(self.store.start["stage"], status)
         if shipped and not resumable:
             shutil.rmtree(self.journal.folder)
         elif not shipped:
@@ -314,8 +314,14 @@ def start_run(
     run.finish("FINISHED")
 
 
+def _is_resumable(stage: str, status: str | None) -> bool:
+    """Whether the journal's folder must stay: a training that goes on has its states there too."""
+    return stage == "train" and status != "FINISHED"
+
+
 def _leading_metrics(queue: deque[dict]) -> list[dict]:
-    return list(takewhile(lambda entry: "metric" in entry, islice(queue, MAX_BATCH)))
+    entries = queue.copy()  # in one go: the program may append while these are looked at
+    return list(takewhile(lambda entry: "metric" in entry, islice(entries, MAX_BATCH)))
 
 
 def _flatten(params: dict, prefix: str = "") -> dict[str, object]:
@@ -372,7 +378,9 @@ def main() -> None:
     except Exception as error:
         sys.exit(f"error: MLflow at {store.uri}: {_first_line(error)}")
     journal.file.close()
-    shutil.rmtree(folder)
+    status = next((e["end"] for e in reversed(journal.entries) if "end" in e), None)
+    if not _is_resumable(start["stage"], status):
+        shutil.rmtree(folder)
     print(f"shipped to MLflow at {store.uri}")
 
 

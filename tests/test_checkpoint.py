@@ -1,0 +1,141 @@
+import pytest
+import torch
+
+from ddpm.checkpoint import load_model, load_state, save_model, save_state
+from ddpm.params import UserError
+from ddpm.unet import UNet
+
+SMALL = {"channels": [8, 16], "blocks": 1, "attention": [7], "heads": 2, "dropout": 0.1, "patch_size": 2}
+DIFFUSION = {"timesteps": 50, "schedule": "cosine", "prediction": "v", "min_snr_gamma": 5.0}
+CPU = torch.device("cpu")
+ANEW = "`dvc repro train` makes it anew"
+
+
+def random_unet(seed: int = 0, **changes) -> UNet:
+    """A network none of whose weights are zero, so that its output depends on all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    model = UNet(**{**SMALL, **changes})
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator) * 0.1
+    return model.eval()
+
+
+def test_model_round_trip(tmp_path):
+    model = random_unet()
+    save_model(tmp_path / "m.pth", model.state_dict(), SMALL, DIFFUSION, 0.25)
+    loaded, diffusion, label_dropout = load_model(tmp_path / "m.pth", CPU)
+
+    x, t, y = torch.randn(4, 1, 28, 28), torch.tensor([0, 7, 30, 49]), torch.tensor([0, 3, 9, 10])
+    with torch.no_grad():
+        expected = model(x, t, y)
+    assert expected.abs().mean() > 0.01
+    torch.testing.assert_close(loaded(x, t, y), expected, rtol=1e-4, atol=1e-5)  # another memory format rounds otherwise
+    for name, w in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], w), name
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert {name: getattr(diffusion, name) for name in DIFFUSION} == DIFFUSION
+    assert label_dropout == 0.25
+
+
+def test_the_same_weights_give_the_same_bytes(tmp_path):
+    model = random_unet()
+    save_model(tmp_path / "a.pth", model.state_dict(), SMALL, DIFFUSION, 0.1)
+    model.to(memory_format=torch.channels_last)
+    save_model(tmp_path / "b.pt", model.state_dict(), SMALL, DIFFUSION, 0.1)
+    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pt").read_bytes()
+    save_model(tmp_path / "a.pth", random_unet(seed=1).state_dict(), SMALL, DIFFUSION, 0.1)
+    assert (tmp_path / "a.pth").read_bytes() != (tmp_path / "b.pt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("weights", "unet", "diffusion"),
+    [
+        (random_unet(channels=[16, 32]).state_dict(), SMALL, DIFFUSION),
+        (random_unet(blocks=2).state_dict(), SMALL, DIFFUSION),
+        ({}, SMALL, DIFFUSION),
+        ([1, 2], SMALL, DIFFUSION),
+        (random_unet().state_dict(), {**SMALL, "depth": 3}, DIFFUSION),
+        (random_unet().state_dict(), {**SMALL, "channels": []}, DIFFUSION),
+        (random_unet().state_dict(), {**SMALL, "channels": [12, 16]}, DIFFUSION),
+        (random_unet().state_dict(), "unet", DIFFUSION),
+        (random_unet().state_dict(), SMALL, {**DIFFUSION, "schedule": "quadratic"}),
+        (random_unet().state_dict(), SMALL, {**DIFFUSION, "prediction": "score"}),
+        (random_unet().state_dict(), SMALL, {"steps": 50}),
+    ],
+    ids=[
+        "other-widths", "other-depth", "no-weights", "list-of-weights", "unknown-option", "no-channels", "groups", "text",
+        "unknown-schedule", "unknown-prediction", "other-diffusion",
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit_are_refused(tmp_path, weights, unet, diffusion):
+    path = tmp_path / "m.pth"
+    torch.save({"weights": weights, "unet": unet, "diffusion": diffusion, "label_dropout": 0.1}, path)
+    with pytest.raises(UserError) as caught:
+        load_model(path, CPU)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: its weights are not those of the network that it describes (")
+    assert message.endswith(f"); {ANEW}")
+    assert "\n" not in message
+
+
+def test_another_programs_checkpoint_is_refused(tmp_path):
+    torch.save(random_unet().state_dict(), tmp_path / "m.pth")
+    with pytest.raises(UserError) as caught:
+        load_model(tmp_path / "m.pth", CPU)
+    lacks = "diffusion, label_dropout, unet, weights"
+    assert str(caught.value) == f"{tmp_path / 'm.pth'}: made by another program or version (it lacks {lacks}); {ANEW}"
+
+
+def state(step: int) -> dict:
+    return {"step": step, "weights": torch.full((100,), float(step)), "curve": [{"step": step, "loss": 0.5}]}
+
+
+def states(folder):
+    return sorted(folder.glob("state-*.pt"))
+
+
+def test_no_state(tmp_path):
+    assert load_state(tmp_path) is None
+    assert load_state(tmp_path / "nowhere") is None
+
+
+def test_the_newest_two_states_are_kept_and_the_newest_loaded(tmp_path):
+    for step in (5, 40, 300, 1000):
+        save_state(tmp_path, step, state(step))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["state-00000300.pt", "state-00001000.pt"]
+    loaded = load_state(tmp_path)
+    assert torch.equal(loaded.pop("weights"), state(1000)["weights"])
+    assert loaded == {"step": 1000, "curve": [{"step": 1000, "loss": 0.5}]}
+
+
+def truncate(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, lambda data: b""], ids=["truncated", "flipped", "empty"])
+def test_a_damaged_state_gives_way_to_the_one_before(tmp_path, capsys, damage):
+    for step in (10, 20):
+        save_state(tmp_path, step, state(step))
+    newest = states(tmp_path)[-1]
+    newest.write_bytes(damage(newest.read_bytes()))
+    assert load_state(tmp_path)["step"] == 10
+    assert capsys.readouterr().err == f"warning: {newest} is damaged; falling back to the state before it\n"
+
+    oldest = states(tmp_path)[0]
+    oldest.write_bytes(damage(oldest.read_bytes()))
+    assert load_state(tmp_path) is None
+
+
+def test_a_state_saved_after_a_damaged_one_is_found(tmp_path):
+    for step in (10, 20):
+        save_state(tmp_path, step, state(step))
+    newest = states(tmp_path)[-1]
+    newest.write_bytes(truncate(newest.read_bytes()))
+    save_state(tmp_path, 20, state(20))  # a run that fell back to step 10 comes to step 20 again
+    assert load_state(tmp_path)["step"] == 20

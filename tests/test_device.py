@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from ddpm.device import select_device
+from ddpm.params import UserError
+
+HAS_CUDA, HAS_MPS = torch.cuda.is_available(), torch.backends.mps.is_available()
+
+
+def test_the_cpu_can_be_had_everywhere():
+    assert select_device("cpu") == torch.device("cpu")
+
+
+def test_auto_takes_what_there_is():
+    expected = "cuda" if HAS_CUDA else "mps" if HAS_MPS else "cpu"
+    assert select_device("auto").type == expected
+    assert torch.ones(2, device=select_device("auto")).sum().item() == 2
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this machine has CUDA")
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_cuda_where_there_is_none(name):
+    with pytest.raises(UserError) as caught:
+        select_device(name)
+    assert str(caught.value) == f"runtime.device: '{name}', but PyTorch sees no CUDA device here; use auto or cpu"
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="no CUDA")
+def test_cuda_devices_beyond_the_last():
+    count = torch.cuda.device_count()
+    assert select_device(f"cuda:{count - 1}") == torch.device("cuda", count - 1)
+    with pytest.raises(UserError) as caught:
+        select_device(f"cuda:{count}")
+    assert str(caught.value) == f"runtime.device: 'cuda:{count}', but this machine has {count} CUDA devices, from cuda:0"
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="no CUDA")
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_as_asked(tf32):
+    select_device("cuda", tf32)
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == tf32
+
+
+@pytest.mark.skipif(HAS_MPS, reason="this machine has an Apple GPU")
+def test_mps_where_there_is_none():
+    with pytest.raises(UserError) as caught:
+        select_device("mps")
+    assert str(caught.value) == "runtime.device: 'mps', but PyTorch sees no Apple GPU here; use auto or cpu"

@@ -1,0 +1,527 @@
+"""Tracking against real MLflow stores: what a run leaves there, however it ends and whatever the store does meanwhile."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm import tracking
+from ddpm.tracking import Journal, start_run, tracking_uri
+
+ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src"
+PARAMS = {"train": {"steps": 40, "model": {"channels": [8, 16]}, "gamma": None}, "runtime": {"device": "cpu"}}
+VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "DVC_EXP_NAME", "DVC_ROOT")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in VARIABLES} | {
+    "PYTHONPATH": str(SRC),
+    "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in VARIABLES:
+            patch.delenv(name, raising=False)
+        yield
+
+
+def python(script: str, *arguments: object, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def picture(path: Path, seed: int) -> np.ndarray:
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 30), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+WHOLE_RUN = """
+import os, sys, time
+from pathlib import Path
+
+import torch  # as in the real stages, before the run starts
+from ddpm.tracking import start_run
+
+sys.path.insert(0, "tests")
+from test_tracking import PARAMS, picture
+
+root, files = Path(sys.argv[1]), Path(sys.argv[2])
+files.mkdir()
+(files / "model.pth").write_bytes(bytes(range(256)) * 1000)
+os.environ["DVC_EXP_NAME"] = "bold-name"
+began = time.monotonic()
+with start_run("train", PARAMS, root, root / ".resume" / "whole", device="cuda:7") as run:
+    run.dataset("fashion-mnist", "0123456789abcdef", "data/raw", {"train_images": 60000}, "training")
+    for step in range(0, 41):
+        run.metrics(step, {"train/loss": 1 / (step + 1), "train/loss_2": step * 1e-30})
+        if step % 20 == 0:
+            picture(files / "preview.png", seed=step)
+            run.preview(step, files / "preview.png")
+    run.metrics(40, {"val/none": float("nan"), "val/all": float("inf")})
+    run.artifact(files / "model.pth", "model")
+    run.artifact(files / "model.pth")
+    run.tags({"checkpoint_sha256": "abc", "parameters": 12})
+    (files / "model.pth").unlink()  # a run has its own copy
+    block = time.monotonic() - began
+    if sys.argv[3] == "wait":
+        while run.queue:
+            time.sleep(0.05)
+        time.sleep(2)  # in which the machine's load is looked at
+    ending = time.monotonic()
+print(block, time.monotonic() - ending)
+"""
+
+KILLED_RUN = """
+import os, signal, sys, time
+from pathlib import Path
+from ddpm.tracking import start_run
+
+sys.path.insert(0, "tests")
+from test_tracking import PARAMS, picture
+
+root = Path(sys.argv[1])
+with start_run("train", PARAMS, root, root / ".resume" / "killed") as run:
+    run.dataset("fashion-mnist", "0123456789abcdef", "data/raw", {}, "training")
+    picture(root / "killed.png", seed=1)
+    for step in range(20):
+        run.metrics(step, {"train/loss": 100.0 + step})
+    run.preview(0, root / "killed.png")
+    while run.queue:
+        time.sleep(0.05)
+    for step in range(20, 30):  # these have not been shipped
+        run.metrics(step, {"train/loss": 100.0 + step})
+    run.preview(20, root / "killed.png")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """The address of a server that isn't up, the folder, and a process on the way with a run for it; it waits a while."""
+    folder, address = tmp_path_factory.mktemp("offline"), f"http://127.0.0.1:{free_port()}"
+    process = python(
+        *(WHOLE_RUN, folder / "root", folder / "files", "leave"),
+        MLFLOW_TRACKING_URI=address,
+        MLFLOW_EXPERIMENT_NAME="elsewhere",
+    )
+    yield address, folder, process
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, offline):
+    """A folder whose store two processes created at once: one run was finished there, and one killed on the way."""
+    root = tmp_path_factory.mktemp("root")
+    whole, killed = python(WHOLE_RUN, root, root / "files", "wait"), python(KILLED_RUN, root)
+    (_, errors), (_, other_errors) = whole.communicate(timeout=120), killed.communicate(timeout=120)
+    assert whole.returncode == 0, errors
+    assert killed.returncode == -signal.SIGKILL, other_errors
+    assert "warning" not in errors + other_errors
+    return root
+
+
+@pytest.fixture(scope="module")
+def client(root):
+    import mlflow
+
+    return mlflow.MlflowClient(tracking_uri(root))
+
+
+def runs(client, condition: str, experiment: str = tracking.EXPERIMENT) -> list:
+    """Newest first."""
+    experiment = client.get_experiment_by_name(experiment)
+    return client.search_runs([experiment.experiment_id], condition, order_by=["attributes.start_time DESC"])
+
+
+def one(client, condition: str, experiment: str = tracking.EXPERIMENT):
+    (run,) = runs(client, condition, experiment)
+    return run
+
+
+def history(client, run, name: str) -> list[tuple[int, float]]:
+    return sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, name))
+
+
+def artifacts(client, run, folder: str | None = None) -> list[str]:
+    return [file.path for file in client.list_artifacts(run.info.run_id, folder)]
+
+
+def previews(client, run) -> list[int]:
+    """The steps of the pictures under a run's images, thumbnails aside."""
+    return sorted(int(re.search(r"step\W(\d+)\W", p)[1]) for p in artifacts(client, run, "images") if p.endswith(".png"))
+
+
+def check_whole_run(client, run, seeds: tuple[int, ...] = (0, 20, 40)) -> None:
+    """Whether the store has all that WHOLE_RUN logged, once."""
+    import mlflow
+
+    assert run.info.status == "FINISHED"
+    assert run.info.end_time >= run.info.start_time
+    assert run.info.run_name == "train-bold-name"
+    assert run.data.params == {
+        "train.steps": "40", "train.model.channels": "[8, 16]", "train.gamma": "None", "runtime.device": "cpu",
+    }  # fmt: skip
+    assert history(client, run, "train/loss") == [(step, 1 / (step + 1)) for step in range(41)]
+    assert history(client, run, "train/loss_2") == [(step, step * 1e-30) for step in range(41)]
+    assert len(history(client, run, "val/none")) == len(history(client, run, "val/all")) == 1
+    tags = run.data.tags
+    for name, value in {
+        "stage": "train", "device": "cuda:7", "dvc_exp_name": "bold-name", "checkpoint_sha256": "abc", "parameters": "12",
+    }.items():  # fmt: skip
+        assert tags[name] == value
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    assert tags["mlflow.source.git.commit"] == (commit or "unknown")
+    assert tags["python"] == ".".join(map(str, sys.version_info[:3]))
+    (dataset,) = run.inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.dataset.digest) == ("fashion-mnist", "0123456789abcdef")
+    assert json.loads(dataset.dataset.profile) == {"train_images": 60000}
+    assert dataset.tags[0].value == "training"
+
+    assert previews(client, run) == [0, 20, 40]
+    assert {"images", "model", "model.pth"} == set(artifacts(client, run))
+    assert artifacts(client, run, "model") == ["model/model.pth"]
+    folder = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, tracking_uri=client.tracking_uri))
+    for name in ("model/model.pth", "model.pth"):
+        assert (folder / name).read_bytes() == bytes(range(256)) * 1000
+    for seed in seeds:
+        (file,) = folder.glob(f"images/*step?{seed}?timestamp*.png")
+        expected = np.random.default_rng(seed).integers(0, 256, (20, 30), np.uint8)
+        assert np.array_equal(np.asarray(Image.open(file).convert("L")), expected)
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [
+        (None, "sqlite:////somewhere/mlflow.db"),
+        ("", "sqlite:////somewhere/mlflow.db"),
+        ("sqlite:///other.db", "sqlite:////somewhere/other.db"),
+        ("sqlite:///sub/other.db", "sqlite:////somewhere/sub/other.db"),
+        ("sqlite:////absolute/other.db", "sqlite:////absolute/other.db"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+        ("https://user@host/path", "https://user@host/path"),
+        ("postgresql://host/db", "postgresql://host/db"),
+    ],
+)
+def test_tracking_uri(monkeypatch, variable, expected):
+    if variable is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
+    assert tracking_uri(Path("/somewhere")) == expected
+
+
+def test_a_finished_run_is_all_in_the_store(root, client):
+    run = one(client, "tags.dvc_exp_name = 'bold-name'")
+    check_whole_run(client, run)
+    assert any(name.startswith("system/cpu") for name in run.data.metrics)
+    assert not (root / ".resume" / "whole").exists()
+    assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(root / "mlartifacts")
+
+
+def test_a_killed_run_goes_on_where_it_was(root, client):
+    """Every step once; what the journal had keeps its value, also where the steps are computed again."""
+    folder = root / ".resume" / "killed"
+    before = one(client, "tags.journal = '{}'".format(Journal(folder).entries[0]["start"]["journal"]))
+    assert before.info.status == "RUNNING"
+    assert history(client, before, "train/loss") == [(step, 100.0 + step) for step in range(20)]
+    with (folder / "journal.jsonl").open("a") as file:
+        file.write('{"metric": "train/loss", "value": 13')  # as if killed while writing
+
+    with start_run("train", {"other": 1}, root, folder) as run:
+        run.dataset("fashion-mnist", "0123456789abcdef", "data/raw", {}, "training")
+        for step in range(10, 40):
+            run.metrics(step, {"train/loss": 200.0 + step})
+        for step in (0, 20, 40):
+            run.preview(step, root / "killed.png")
+    after = client.get_run(before.info.run_id)
+    assert after.info.status == "FINISHED"
+    assert history(client, after, "train/loss") == [(s, (100.0 if s < 30 else 200.0) + s) for s in range(40)]
+    assert previews(client, after) == [0, 20, 40]
+    assert after.data.params == before.data.params
+    assert len(after.inputs.dataset_inputs) == 1
+    assert not folder.exists()
+    assert len(runs(client, "tags.stage = 'train'")) == 2
+
+
+def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path):
+    journal = Journal(tmp_path)
+    for step in range(5):
+        journal.append({"metric": "a", "value": 0.5, "step": step})
+    journal.file.close()
+    whole = journal.path.read_bytes()
+    for cut in random.Random(0).sample(range(len(whole)), 20):
+        journal.path.write_bytes(whole[:cut])
+        again = Journal(tmp_path)
+        assert [e["step"] for e in again.entries] == list(range(whole[:cut].count(b"\n")))
+        again.append({"metric": "b"})
+        again.file.close()
+        assert Journal(tmp_path).entries[-1] == {"metric": "b"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(3), "KILLED")]
+)
+def test_how_a_run_ends(root, client, error, status):
+    with pytest.raises(type(error)), start_run("sample", {}, root) as run:
+        run.metrics(0, {"sample/seconds": 1.0})
+        run.tags({"marker": status + type(error).__name__})
+        folder = run.journal.folder
+        raise error
+    ended = one(client, f"tags.marker = '{status}{type(error).__name__}'")
+    assert ended.info.status == status
+    assert ended.data.metrics == {"sample/seconds": 1.0}
+    assert folder.parent == root / ".resume" and not folder.exists()
+
+
+def test_a_stopped_training_is_killed_and_its_resumption_finishes_the_same_run(root, client):
+    class Stopped(Exception):
+        exit_status = 143
+
+    folder = root / ".resume" / "stopped"
+    with pytest.raises(Stopped), start_run("train", {}, root, folder) as run:
+        run.metrics(1, {"train/loss": 1.0})
+        run.tags({"marker": "stopped"})
+        raise Stopped
+    stopped = one(client, "tags.marker = 'stopped'")
+    assert stopped.info.status == "KILLED"
+    assert (folder / "journal.jsonl").exists()
+    with start_run("train", {}, root, folder) as run:
+        run.metrics(1, {"train/loss": 2.0})
+        run.metrics(2, {"train/loss": 2.0})
+    finished = client.get_run(stopped.info.run_id)
+    assert finished.info.status == "FINISHED"
+    assert history(client, finished, "train/loss") == [(1, 1.0), (2, 2.0)]
+
+
+def ship(folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tracking.py", str(folder)])
+    tracking.main()
+
+
+def test_shipping_a_journal_again_makes_no_doubles(root, client, tmp_path, monkeypatch, capsys):
+    picture(tmp_path / "a.png", 0)
+    with start_run("evaluate", {"a": 1}, root) as run:
+        run.dataset("fashion-mnist", "0123", "data/raw", {}, "evaluation")
+        for step in range(5):
+            run.metrics(step, {"eval/fid": float(step), "eval/kid": float("nan")})
+        run.preview(3, tmp_path / "a.png")
+        run.artifact(tmp_path / "a.png")
+        run.tags({"marker": "twice"})
+        run._append({"end": "FINISHED", "time": tracking._now()})
+        copies = [shutil.copytree(run.journal.folder, root / ".resume" / f"copy-{i}") for i in range(2)]
+    for copy in copies:
+        ship(copy, monkeypatch)
+        assert f"shipped to MLflow at sqlite:///{root}/mlflow.db" in capsys.readouterr().out
+        assert not copy.exists()
+    shipped = one(client, "tags.marker = 'twice'")
+    assert shipped.info.status == "FINISHED"
+    assert Counter(m.step for m in client.get_metric_history(shipped.info.run_id, "eval/fid")) == dict.fromkeys(range(5), 1)
+    assert Counter(m.step for m in client.get_metric_history(shipped.info.run_id, "eval/kid")) == dict.fromkeys(range(5), 1)
+    assert len(shipped.inputs.dataset_inputs) == 1
+
+
+def test_shipping_an_interrupted_trainings_journal_keeps_what_resuming_needs(root, client, monkeypatch):
+    folder = root / ".resume" / "interrupted"
+    with pytest.raises(KeyboardInterrupt), start_run("train", {}, root, folder) as run:
+        (folder / "state-00000010.pt").write_bytes(b"state")
+        run.metrics(1, {"train/loss": 1.0})
+        run.tags({"marker": "interrupted"})
+        raise KeyboardInterrupt
+    ship(folder, monkeypatch)
+    assert (folder / "state-00000010.pt").read_bytes() == b"state"
+    assert one(client, "tags.marker = 'interrupted'").info.status == "KILLED"
+    with start_run("train", {}, root, folder) as run:
+        run.metrics(2, {"train/loss": 2.0})
+    assert history(client, one(client, "tags.marker = 'interrupted'"), "train/loss") == [(1, 1.0), (2, 2.0)]
+
+
+@pytest.mark.parametrize("arguments", [[], ["nowhere"], ["a", "b"]])
+def test_shipping_what_is_no_journal(monkeypatch, arguments):
+    monkeypatch.setattr(sys, "argv", ["tracking.py", *arguments])
+    with pytest.raises(SystemExit, match="^usage: python src/ddpm/tracking.py FOLDER"):
+        tracking.main()
+
+
+def test_metrics_from_a_busy_program_all_arrive(root, client, capsys):
+    """The loop appends while the thread ships."""
+    with start_run("sample", {}, root) as run:
+        run.tags({"marker": "busy"})
+        deadline = time.monotonic() + 3
+        count = 0
+        while time.monotonic() < deadline:
+            run.metrics(count, {"a": float(count)})
+            count += 1
+            if count % 50 == 0:
+                time.sleep(0.02)
+    assert "warning" not in capsys.readouterr().err
+    assert len(client.get_metric_history(one(client, "tags.marker = 'busy'").info.run_id, "a")) == count
+
+
+def test_entries_may_be_appended_while_leading_metrics_are_taken():
+    queue, stop = tracking.deque({"metric": "a", "step": step} for step in range(500)), threading.Event()
+
+    def append() -> None:
+        while not stop.is_set():
+            queue.append({"metric": "a", "step": len(queue)})
+            queue.pop()
+
+    thread = threading.Thread(target=append)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        for _ in range(300):
+            batch = tracking._leading_metrics(queue)
+            assert [e["step"] for e in batch[:500]] == list(range(500))
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+
+
+def finished_training(root: Path, checkpoint: str, marker: str) -> None:
+    with start_run("train", {}, root, root / ".resume" / marker) as run:
+        run.tags({"checkpoint_sha256": checkpoint, "marker": marker})
+
+
+def test_samples_and_evaluations_are_children_of_the_training_that_made_the_checkpoint(root, client):
+    finished_training(root, "c1", "older")
+    finished_training(root, "c1", "newer")
+    finished_training(root, "c2", "another")
+    with pytest.raises(ValueError), start_run("train", {}, root, root / ".resume" / "failed") as run:
+        run.tags({"checkpoint_sha256": "c1", "marker": "failed"})
+        raise ValueError
+    for stage, checkpoint in (("sample", "c1"), ("evaluate", "c1"), ("sample", "c9"), ("evaluate", None)):
+        with start_run(stage, {}, root, checkpoint_sha256=checkpoint) as run:
+            run.tags({"marker": f"{stage} {checkpoint}"})
+    parent = one(client, "tags.marker = 'newer'").info.run_id
+    for marker in ("sample c1", "evaluate c1"):
+        child = one(client, f"tags.marker = '{marker}'")
+        assert child.data.tags["mlflow.parentRunId"] == parent
+        assert child.data.tags["checkpoint_sha256"] == "c1"
+    for marker in ("sample c9", "evaluate None"):
+        assert "mlflow.parentRunId" not in one(client, f"tags.marker = '{marker}'").data.tags
+
+
+def test_the_training_carries_its_best_evaluation(root, client):
+    finished_training(root, "best", "best")
+    parent = one(client, "tags.marker = 'best'")
+
+    def evaluate(fid: float, samples: int, evaluator: str = "e1") -> str:
+        with start_run("evaluate", {}, root, checkpoint_sha256="best") as run:
+            run.tags({"samples": samples, "evaluator_sha256": evaluator})
+            values = {"eval/fid": fid, "eval/kid": fid / 10}
+            run.metrics(0, values)
+            run.best_evaluation(values)
+        return runs(client, "tags.stage = 'evaluate'")[0].info.run_id
+
+    best = None
+    for fid, samples, evaluator, better in (
+        (5.0, 1000, "e1", True),  # the first
+        (6.0, 1000, "e1", False),
+        (5.0, 1000, "e1", False),  # the same again
+        (4.0, 1000, "e1", True),
+        (4.5, 5000, "e1", True),  # more samples
+        (1.0, 1000, "e1", False),  # fewer
+        (9.0, 100, "e2", True),  # another evaluator's figures don't compare
+    ):
+        run_id = evaluate(fid, samples, evaluator)
+        if better:
+            best, expected = run_id, {"eval/fid": fid, "eval/kid": fid / 10}
+        now = client.get_run(parent.info.run_id)
+        assert now.data.tags["best_evaluation"] == best, (fid, samples, evaluator)
+        assert {name: value for name, value in now.data.metrics.items() if name.startswith("eval/")} == expected
+        assert (now.info.status, now.info.end_time) == ("FINISHED", parent.info.end_time)
+
+
+def test_an_evaluation_without_a_training_has_none_to_tell(root, client):
+    with start_run("evaluate", {}, root, checkpoint_sha256="made elsewhere") as run:
+        run.tags({"samples": 10, "evaluator_sha256": "e", "marker": "alone"})
+        run.best_evaluation({"eval/fid": 1.0})
+    assert one(client, "tags.marker = 'alone'").info.status == "FINISHED"
+
+
+def test_an_unreachable_server_delays_nothing_and_gets_everything_later(root, offline, tmp_path, monkeypatch):
+    """The block goes on, the end waits a little, and the command that the warning names ships all once a server is up."""
+    address, _, process = offline
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    block, ending = map(float, output.split())
+    assert block < 5
+    assert ending < 15
+    warning = errors.strip().splitlines()[-1]
+    assert warning.startswith(f"warning: MLflow at {address} has not taken all of this run")
+    assert "it is kept, and `python src/ddpm/tracking.py " in warning and warning.endswith("` ships it")
+    script, folder = warning.split("`")[1].split()[1:]
+    assert Path(folder).is_dir() and Path(folder).parent == offline[1] / "root" / ".resume"
+    assert not Path(folder).with_name("whole").exists()  # the next run of this configuration is another
+
+    environment = ENVIRONMENT | {"MLFLOW_TRACKING_URI": address, "MLFLOW_EXPERIMENT_NAME": "elsewhere"}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(SystemExit, match=f"^error: MLflow at {address}: "):
+        ship(Path(folder), monkeypatch)
+
+    shutil.copy(root / "mlflow.db", tmp_path / "server.db")  # creating another takes longer
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", address.rpartition(":")[2]),
+            *("--workers", "1", "--backend-store-uri", f"sqlite:///{tmp_path}/server.db"),
+            *("--artifacts-destination", tmp_path / "artifacts"),
+        ],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for(f"{address}/health", server)
+        command = [sys.executable, script, folder]
+        shipped = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        assert shipped.returncode == 0, shipped.stderr
+        assert shipped.stdout.endswith(f"shipped to MLflow at {address}\n")
+        assert not Path(folder).exists()
+        import mlflow
+
+        client = mlflow.MlflowClient(address)
+        run = one(client, "tags.dvc_exp_name = 'bold-name'", "elsewhere")
+        assert run.info.artifact_uri.startswith("mlflow-artifacts:")
+        check_whole_run(client, run)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def wait_for(url: str, server: subprocess.Popen) -> None:
+    for _ in range(600):
+        assert server.poll() is None
+        try:
+            urllib.request.urlopen(url, timeout=1)
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"{url} doesn't answer")

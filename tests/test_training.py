@@ -1,0 +1,481 @@
+"""The training loop on a tiny network: what each step draws, that it learns, and that nothing short of a finished run
+changes what a run ends with."""
+
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddpm import training
+from ddpm.checkpoint import load_state, save_state
+from ddpm.diffusion import Diffusion
+from ddpm.files import serialise, sha256
+from ddpm.params import TrainParams, UserError
+from ddpm.training import NULL_CLASS, WINDOW, Data, Stopped, draw, ema_decay, fingerprint, learning_rate, preview, state_folder
+from ddpm.unet import UNet
+
+CPU = torch.device("cpu")
+SRC = Path(__file__).resolve().parents[1] / "src"
+TINY = {
+    "seed": 3,
+    "steps": 60,
+    "batch_size": 8,
+    "learning_rate": 0.003,
+    "warmup_steps": 10,
+    "weight_decay": 0.01,
+    "grad_clip": 1.0,
+    "ema_decay": 0.9,
+    "label_dropout": 0.1,
+    "precision": "float32",
+    "report_every": 30,
+    "model": {"patch_size": 2, "channels": [8, 16], "blocks": 1, "attention": [7], "heads": 2, "dropout": 0.1},
+    "diffusion": {"timesteps": 20, "schedule": "cosine", "prediction": "v", "min_snr_gamma": 5.0},
+}
+
+
+def params(**changes) -> TrainParams:
+    """TINY with changes; `model__heads` is `model.heads`."""
+    values = {name: dict(value) if isinstance(value, dict) else value for name, value in TINY.items()}
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        (values[section] if section else values)[key] = value
+    return TrainParams.model_validate(values)
+
+
+def class_images(n: int = 200, noise: int = 20) -> Data:
+    """Images that are constant but for a little noise, a grey value a class."""
+    g = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.arange(count) % 10
+        images = (labels * 25)[:, None, None] + torch.randint(0, noise, (count, 28, 28), generator=g)
+        return images.to(torch.uint8), labels
+
+    return Data(*split(n), *split(40))
+
+
+class Recorder:
+    """A Log that keeps what it is told, and sends this process `number` once it is told of step `stop_at`."""
+
+    def __init__(self, stop_at: int | None = None, number: int = signal.SIGTERM):
+        self.values, self.previews = {}, {}
+        self.stop_at, self.number = stop_at, number
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            assert (name, step) not in self.values
+            self.values[name, step] = value
+        if step == self.stop_at:
+            self.stop_at = None
+            os.kill(os.getpid(), self.number)
+
+    def preview(self, step: int, images: torch.Tensor) -> None:
+        assert step not in self.previews
+        self.previews[step] = images
+
+    def without_speed(self) -> dict:
+        return {key: value for key, value in self.values.items() if key[0] != "train/images_per_second"}
+
+
+DATA = class_images()
+
+
+def run(p: TrainParams, states: Path, log: Recorder | None = None) -> training.Trained:
+    states.mkdir(parents=True, exist_ok=True)
+    return training.train(p, DATA, CPU, states, log or Recorder(), compile_model=False)
+
+
+def digest(trained: training.Trained) -> str:
+    return sha256(serialise({name: w.contiguous() for name, w in trained.weights.items()}))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The networks are too small for more, and processes whose results are compared must have as many."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run that nothing interrupts ends with and reports."""
+    log = Recorder()
+    return run(params(), tmp_path_factory.mktemp("states"), log), log
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), step=st.integers(0, 10**6), batch=st.integers(1, 300), timesteps=st.integers(2, 3000))
+def test_a_step_draws_from_seed_and_step_alone_one_timestep_a_stratum(seed, step, batch, timesteps):
+    p = params(seed=seed, batch_size=batch, diffusion__timesteps=timesteps)
+    torch.manual_seed(1)
+    indices, t, eps, dropped = draw(p, step, 500)
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    again = draw(p, step, 500)
+    assert all(torch.equal(a, b) for a, b in zip((indices, t, eps, dropped), again, strict=True))
+    assert torch.equal(state, torch.manual_seed(1).get_state())  # it takes nothing from the global generator
+
+    assert indices.shape == t.shape == dropped.shape == (batch,) and eps.shape == (batch, 1, 28, 28)
+    assert 0 <= indices.min() and indices.max() < 500
+    assert 0 <= t.min() and t.max() < timesteps
+    for i, timestep in enumerate(t.tolist()):
+        assert math.floor(i / batch * timesteps + 1e-3) - 1 <= timestep <= math.ceil((i + 1) / batch * timesteps)
+    assert not torch.equal(eps, draw(p, step + 1, 500)[2])
+    assert not torch.equal(eps, draw(params(seed=(seed + 1) % 2**32, batch_size=batch), step, 500)[2])
+
+
+def test_timesteps_and_images_are_uniform():
+    p = params(batch_size=10, diffusion__timesteps=20)
+    draws = [draw(p, step, 50) for step in range(4000)]
+    timesteps = torch.cat([t for _, t, _, _ in draws]).bincount(minlength=20)
+    assert (timesteps / 40_000).tolist() == pytest.approx([1 / 20] * 20, rel=0.05)
+    images = torch.cat([indices for indices, _, _, _ in draws]).bincount(minlength=50)
+    assert (images / 40_000).tolist() == pytest.approx([1 / 50] * 50, rel=0.15)
+    eps = torch.cat([eps for _, _, eps, _ in draws[:100]])
+    assert eps.mean().item() == pytest.approx(0, abs=0.01)
+    assert eps.std().item() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_labels_are_dropped_as_often_as_asked(share):
+    p = params(batch_size=100, label_dropout=share)
+    dropped = torch.cat([draw(p, step, 500)[3] for step in range(200)]).float().mean().item()
+    assert dropped == pytest.approx(share, abs=0.01)
+    if share in (0, 1):
+        assert dropped == share
+
+
+def test_learning_rate_warms_up_linearly_and_falls_to_zero():
+    p = params(steps=1000, warmup_steps=100, learning_rate=0.002)
+    rates = [learning_rate(p, step) for step in range(1000)]
+    assert rates[:100] == pytest.approx([0.002 * (step + 1) / 100 for step in range(100)])
+    assert max(rates) == rates[99] == rates[100] == pytest.approx(0.002)
+    assert all(a > b for a, b in pairwise(rates[100:]))
+    assert rates[550] == pytest.approx(0.001)  # half-way down
+    assert 0 < rates[-1] < 1e-7
+
+
+@settings(max_examples=50, deadline=None)
+@given(steps=st.integers(1, 500), warmup=st.integers(0, 600))
+def test_learning_rate_is_positive_and_at_most_its_peak_at_every_step(steps, warmup):
+    p = params(steps=steps, warmup_steps=warmup, learning_rate=0.01)
+    rates = [learning_rate(p, step) for step in range(steps)]
+    assert all(0 < rate <= 0.01 for rate in rates)
+
+
+def test_ema_decay_grows_to_its_limit():
+    p = params(ema_decay=0.999)
+    decays = [ema_decay(p, step) for step in range(20_000)]
+    assert decays[0] == pytest.approx(0.1)
+    assert decays[90] == pytest.approx(0.91)
+    assert all(a <= b for a, b in pairwise(decays))
+    assert decays[8989] < 0.999 == decays[9000] == decays[-1]
+
+
+def test_the_weights_are_a_moving_average_of_the_models(tmp_path, monkeypatch):
+    """With no decay they are the model itself; with some, they lag behind it."""
+    monkeypatch.setattr(training, "STATE_SECONDS", 0)
+    for decay, equal in ((0.0, True), (0.9, False)):
+        trained = run(params(steps=WINDOW, ema_decay=decay), tmp_path / str(decay))
+        model = load_state(tmp_path / str(decay))["model"]
+        assert all(torch.allclose(w, model[name], atol=1e-6) for name, w in trained.weights.items()) is equal
+
+
+def test_it_learns(tmp_path):
+    p = params(steps=200, learning_rate=0.01, ema_decay=0.95, report_every=100, model__dropout=0.0)
+    trained = run(p, tmp_path)
+    losses = [row["loss"] for row in trained.validation_curve]
+    assert [row["step"] for row in trained.validation_curve] == [0, 100, 200]
+    assert losses[2] < losses[0] / 5
+    assert trained.train_curve[-1]["loss"] < trained.train_curve[0]["loss"] / 3
+
+
+def test_what_a_run_reports(whole):
+    trained, log = whole
+    p = params()
+    steps = {name: sorted(s for n, s in log.values if n == name) for name, _ in log.values}
+    assert steps["train/loss"] == list(range(1, p.steps + 1))
+    windows = list(range(WINDOW, p.steps + 1, WINDOW))
+    for name in ("train/learning_rate", "train/grad_norm", "train/images_per_second"):
+        assert steps[name] == windows
+    assert steps["val/loss"] == sorted(log.previews) == [0, 30, 60]
+    assert [row["step"] for row in trained.train_curve] == windows
+    for row in trained.train_curve:
+        window = [log.values["train/loss", s] for s in range(row["step"] - WINDOW + 1, row["step"] + 1)]
+        assert row["loss"] == pytest.approx(sum(window) / WINDOW)
+        assert row["learning_rate"] == log.values["train/learning_rate", row["step"]] == learning_rate(p, row["step"] - 1)
+    for row in trained.validation_curve:
+        buckets = [row[f"loss_t{low}-{low + 4}"] for low in (0, 5, 10, 15)]
+        assert row["loss"] == pytest.approx(sum(buckets) / 4)  # of equal size
+    for images in log.previews.values():
+        assert images.shape == (40, 28, 28) and images.dtype == torch.uint8
+    assert not torch.equal(log.previews[0], log.previews[60])
+
+
+def test_a_last_window_that_is_not_whole(tmp_path):
+    log = Recorder()
+    trained = run(params(steps=WINDOW + 3), tmp_path, log)
+    assert [row["step"] for row in trained.train_curve] == [WINDOW, WINDOW + 3]
+    last = [log.values["train/loss", s] for s in range(WINDOW + 1, WINDOW + 4)]
+    assert trained.train_curve[-1]["loss"] == pytest.approx(sum(last) / 3)
+    assert [row["step"] for row in trained.validation_curve] == [0, WINDOW + 3]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, whole, number, status):
+    trained, log = whole
+    windows = sorted(random.Random(status).sample(range(1, 6), 2))
+    reported, previews = {}, {}
+    before = signal.getsignal(number)
+    for window in windows:
+        part = Recorder(window * WINDOW, number)
+        with pytest.raises(Stopped, match=rf"^stopped after step {window * WINDOW}; the same command goes on") as stopped:
+            run(params(), tmp_path, part)
+        assert stopped.value.exit_status == status
+        assert signal.getsignal(number) is before
+        reported, previews = reported | part.without_speed(), previews | part.previews
+    part = Recorder()
+    resumed = run(params(), tmp_path, part)
+    assert digest(resumed) == digest(trained)
+    assert resumed.train_curve == trained.train_curve
+    assert resumed.validation_curve == trained.validation_curve
+    assert reported | part.without_speed() == log.without_speed()
+    assert min(step for _, step in part.values) == windows[-1] * WINDOW + 1  # nothing was computed again
+    assert all(torch.equal(images, log.previews[step]) for step, images in (previews | part.previews).items())
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path):
+    class Impatient(Recorder):
+        def metrics(self, step: int, values: dict[str, float]) -> None:
+            super().metrics(step, values)
+            if (step, len(values)) == (WINDOW, 1) and "train/loss" in values:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(params(), tmp_path, Impatient())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, whole, monkeypatch, capsys):
+    trained, _ = whole
+    monkeypatch.setattr(training, "STATE_SECONDS", 0)
+    with pytest.raises(Stopped):
+        run(params(), tmp_path, Recorder(40))
+    states = sorted(tmp_path.glob("state-*.pt"))
+    assert [int(re.search(r"\d+", path.name)[0]) for path in states] == [30, 40]
+    data = bytearray(states[-1].read_bytes())
+    data[len(data) // 2] ^= 1
+    states[-1].write_bytes(data)
+    assert load_state(tmp_path)["step"] == 30
+    assert digest(run(params(), tmp_path)) == digest(trained)
+    assert f"warning: {states[-1]} is damaged; falling back to the state before it" in capsys.readouterr().err
+
+
+def test_with_every_state_damaged_it_begins_again(tmp_path, whole):
+    with pytest.raises(Stopped):
+        run(params(), tmp_path, Recorder(20))
+    for path in tmp_path.glob("state-*.pt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    log = Recorder()
+    assert digest(run(params(), tmp_path, log)) == digest(whole[0])
+    assert ("train/loss", 1) in log.values
+
+
+LONGER = {"steps": 150, "report_every": 1000}
+KILLED = """
+import sys
+from pathlib import Path
+
+sys.path[:0] = [{src!r}, {tests!r}]
+import test_training
+from ddpm import training
+
+test_training.torch.set_num_threads(1)
+training.STATE_SECONDS = 0  # a state every window
+trained = test_training.run(test_training.params(**test_training.LONGER), Path(sys.argv[1]))
+Path(sys.argv[2]).write_text(test_training.digest(trained))
+"""
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path):
+    def start() -> subprocess.Popen:
+        script = KILLED.format(src=str(SRC), tests=str(Path(__file__).parent))
+        command = [sys.executable, "-c", script, states, result]
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    states, result = tmp_path / "states", tmp_path / "digest.txt"
+    killed = start()
+    while killed.poll() is None and not list(states.glob("state-*.pt")):
+        time.sleep(0.02)
+    time.sleep(0.4 * random.random())
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert not result.exists()
+    assert 0 < load_state(states)["step"] < 150
+    assert start().wait(100) == 0
+    assert result.read_text() == digest(run(params(**LONGER), tmp_path / "whole"))
+
+
+def poisoned_state(folder: Path, p: TrainParams, stop_at: int, label: int) -> None:
+    """The state of a run so far, with one class's embedding finite, but too large to compute with."""
+    with pytest.raises(Stopped):
+        run(p, folder, Recorder(stop_at))
+    state = load_state(folder)
+    state["model"]["embed_class.weight"][label] = 1e38
+    for path in folder.glob("state-*.pt"):
+        path.unlink()
+    save_state(folder, state["step"], state)
+
+
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(tmp_path):
+    p, label, start = params(steps=200, label_dropout=0.5, report_every=1000), 7, 20
+    poisoned_state(tmp_path, p, start, label)
+
+    def meets(step: int) -> bool:
+        batch, _, _, dropped = draw(p, step, len(DATA.images))
+        return bool(((DATA.labels[batch] == label) & ~dropped).any())
+
+    bad = next(step for step in range(start, p.steps) if meets(step))
+    line = (
+        f"training stopped at step {bad}: the loss or its gradient is not finite (learning rate "
+        f"{learning_rate(p, bad):.2g}); lower train.learning_rate or raise train.warmup_steps"
+    )
+    log = Recorder()
+    with pytest.raises(UserError, match=f"^{re.escape(line)}$") as stopped:
+        run(p, tmp_path, log)
+    inside = next(entry.locals for entry in stopped.traceback if entry.name == "train")
+    for module in (inside["model"], inside["ema"]):
+        assert all(w.isfinite().all() for w in module.state_dict().values())
+    assert {int(s["step"]) for s in inside["optimizer"].state.values()} == {bad}  # updates made: none from the bad step on
+    assert all(math.isfinite(value) for value in log.values.values())
+    assert load_state(tmp_path)["step"] <= bad
+
+
+def test_labels_never_seen_are_never_learned(tmp_path):
+    p = params(label_dropout=1.0, weight_decay=0.0, steps=WINDOW, model__dropout=0.0)
+    torch.manual_seed(p.seed)
+    before = UNet(**p.model.model_dump()).embed_class.weight
+    after = run(p, tmp_path).weights["embed_class.weight"]
+    assert torch.equal(after[:NULL_CLASS], before[:NULL_CLASS])
+    assert not torch.equal(after[NULL_CLASS], before[NULL_CLASS])
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_previews_and_validation_of_a_model_without_classes_use_the_null_class(tmp_path, share):
+    p = params(label_dropout=share, steps=WINDOW, model__dropout=0.0)
+    diffusion, model = Diffusion(**p.diffusion.model_dump()), UNet(**p.model.model_dump()).eval()
+    model.load_state_dict(run(p, tmp_path).weights)
+    images, losses = preview(p, model, diffusion, CPU), training.validate(p, model, diffusion, DATA)
+    with torch.no_grad():
+        model.embed_class.weight[:NULL_CLASS] = 10
+    unlabelled = share == 1
+    assert torch.equal(preview(p, model, diffusion, CPU), images) is unlabelled
+    assert (training.validate(p, model, diffusion, DATA) == losses) is unlabelled
+
+
+def test_the_fingerprint_changes_with_every_parameter():
+    changes = {
+        "seed": 4, "steps": 61, "batch_size": 9, "learning_rate": 0.004, "warmup_steps": 11, "weight_decay": 0.02,
+        "grad_clip": 2.0, "ema_decay": 0.8, "label_dropout": 0.2, "precision": "bfloat16", "report_every": 31,
+        "model__patch_size": 1, "model__channels": [8, 8], "model__blocks": 2, "model__attention": [14], "model__heads": 4,
+        "model__dropout": 0.2, "diffusion__timesteps": 21, "diffusion__schedule": "linear", "diffusion__prediction": "eps",
+        "diffusion__min_snr_gamma": None,
+    }  # fmt: skip
+    leaves = {f"{s}__{k}" for s in ("model", "diffusion") for k in TINY[s]} | {k for k, v in TINY.items() if type(v) is not dict}
+    assert set(changes) == leaves
+    names = {change: fingerprint(params(**{change: value} | ({"model__attention": []} if "patch" in change else {})), [])
+             for change, value in changes.items()}  # fmt: skip
+    assert len({fingerprint(params(), []), *names.values()}) == len(changes) + 1
+
+
+def test_the_fingerprint_changes_with_any_file_and_nothing_else(tmp_path):
+    def files(folder: str, **contents: str) -> list[Path]:
+        (tmp_path / folder).mkdir()
+        for name, content in contents.items():
+            (tmp_path / folder / name).write_text(content)
+        return [tmp_path / folder / name for name in contents]
+
+    base = fingerprint(params(), files("base", a="1", b="2"))
+    copied = files("elsewhere", a="1", b="2")
+    os.utime(copied[0], (0, 0))
+    assert fingerprint(params(), copied) == base
+    other = [
+        files("a", a="1 ", b="2"),
+        files("b", a="1", b=""),
+        files("swapped", a="2", b="1"),
+        files("renamed", a="1", c="2"),
+        files("fewer", a="1"),
+        files("more", a="1", b="2", c=""),
+    ]
+    assert len({base, *(fingerprint(params(), paths) for paths in other)}) == len(other) + 1
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+from ddpm.training import state_folder
+
+with state_folder(Path(sys.argv[2])) as folder:
+    print(folder.name, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_runs_at_once_have_folders_of_their_own(tmp_path):
+    wanted = tmp_path / ".resume" / "abc"
+    command = [sys.executable, "-c", HOLDER, str(SRC), str(wanted)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "abc\n"
+        with state_folder(wanted) as second, state_folder(wanted) as third:
+            assert [second.name, third.name] == ["abc-2", "abc-3"]
+            assert second.is_dir() and third.is_dir()
+    finally:
+        holder.kill()  # a killed run holds nothing either
+        holder.communicate()
+    with state_folder(wanted) as folder:
+        assert folder == wanted
+        (folder / "kept").touch()
+    with pytest.raises(ZeroDivisionError), state_folder(wanted) as folder:
+        assert (folder / "kept").exists()
+        raise ZeroDivisionError
+    with state_folder(wanted) as folder:
+        assert folder == wanted
+
+
+def test_two_states_are_kept(tmp_path):
+    assert load_state(tmp_path) is None
+    for step in (20, 100, 1000):  # in the order of numbers, not of text
+        save_state(tmp_path, step, {"step": step})
+        assert load_state(tmp_path) == {"step": step}
+    assert [int(re.search(r"\d+", path.name)[0]) for path in sorted(tmp_path.iterdir())] == [100, 1000]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "changed", "empty"])
+def test_a_state_is_whole_or_not_taken(tmp_path, damage):
+    save_state(tmp_path, 10, {"step": 10})
+    save_state(tmp_path, 20, {"step": 20, "model": torch.zeros(100)})
+    newest = sorted(tmp_path.iterdir())[-1]
+    data = newest.read_bytes()
+    for position in (0, 31, 32, len(data) // 2, len(data) - 1):
+        spoilt = {"cut short": data[:position], "changed": bytearray(data), "empty": b""}[damage]
+        if damage == "changed":
+            spoilt[position] ^= 1
+        newest.write_bytes(spoilt)
+        assert load_state(tmp_path) == {"step": 10}
