@@ -59,7 +59,7 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor):
 
 @pytest.mark.parametrize("scheduler_class", [DDIMScheduler, DDPMScheduler])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize(("timesteps", "steps"), [(1000, n) for n in (1, 2, 7, 20, 50, 250, 1000)] + [(300, 30), (50, 50)])
+@pytest.mark.parametrize(("timesteps", "steps"), [(1000, n) for n in (1, 2, 7, 16, 20, 50, 250, 1000)] + [(300, 30), (50, 50)])
 def test_spaced_timesteps_same_as_diffusers(spacing, timesteps, steps, scheduler_class):
     scheduler = scheduler_class(timesteps, timestep_spacing=spacing, steps_offset=0)
     scheduler.set_timesteps(steps)

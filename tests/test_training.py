@@ -129,10 +129,10 @@ def test_a_step_draws_from_seed_and_step_alone_one_timestep_a_stratum(seed, step
     assert torch.equal(state, torch.manual_seed(1).get_state())  # it takes nothing from the global generator
 
     assert indices.shape == t.shape == dropped.shape == (batch,) and eps.shape == (batch, 1, 28, 28)
-    assert 0 <= indices.min() and indices.max() < 500
-    assert 0 <= t.min() and t.max() < timesteps
+    assert indices.min() >= 0 and indices.max() < 500
+    assert t.min() >= 0 and t.max() < timesteps
     for i, timestep in enumerate(t.tolist()):
-        assert math.floor(i / batch * timesteps + 1e-3) - 1 <= timestep <= math.ceil((i + 1) / batch * timesteps)
+        assert math.floor(i * timesteps / batch - 1e-3) <= timestep < math.ceil((i + 1) * timesteps / batch + 1e-3)
     assert not torch.equal(eps, draw(p, step + 1, 500)[2])
     assert not torch.equal(eps, draw(params(seed=(seed + 1) % 2**32, batch_size=batch), step, 500)[2])
 

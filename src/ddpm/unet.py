@@ -113,7 +113,7 @@ class UNet(nn.Module):
             self.up.append(nn.ModuleList(level((width if b == 0 else c) + skips.pop(), c, size) for b in range(blocks)))
             width = c
             if i > 0:
-                self.upsample.append(nn.Conv2d(width, width, 3, padding=1))
+                self.upsample.append(nn.ConvTranspose2d(width, width, 2, stride=2))  # no overlap, no checkerboard
                 size *= 2
         self.norm = nn.GroupNorm(groups, width)
         self.head = zeroed(nn.Conv2d(width, image_channels * patch_size**2, 3, padding=1))
@@ -131,7 +131,7 @@ class UNet(nn.Module):
         h = self.middle2(self.middle_attention(self.middle1(h, emb)), emb)
         for i, blocks in enumerate(self.up):
             if i > 0:
-                h = self.upsample[i - 1](F.interpolate(h, scale_factor=2.0, mode="nearest"))
+                h = self.upsample[i - 1](h)
             for block, attend in blocks:
                 h = attend(block(torch.cat([h, skips.pop()], dim=1), emb))
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.patch_size)
