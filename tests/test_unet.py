@@ -3,8 +3,9 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from ddpm.unet import UNet, timestep_embedding
+from ddpm.unet import Attention, UNet, timestep_embedding
 
 CONFIGS = [
     {"patch_size": 1, "channels": (16, 16, 32), "blocks": 1, "attention": (7,), "heads": 2},
@@ -73,6 +74,8 @@ def test_every_parameter_learns(config):
     assert torch.tensor(list(norms.values())).isfinite().all()
     assert [name for name, norm in norms.items() if norm < 1e-6 * largest] == []  # float32 rounding would leave 1e-8
     assert (model.embed_class.weight.grad.norm(dim=1) > 1e-6 * largest).all()  # each class, and the null class
+    conditions = [p.grad for name, p in model.named_parameters() if name.endswith("condition.bias")]
+    assert all((grad != 0).all() for grad in conditions)  # each channel's scale and its shift
 
 
 def test_only_the_head_learns_at_first():
@@ -106,8 +109,7 @@ def test_images_of_a_batch_do_not_see_each_other(config):
 
 
 @configs
-def test_every_pixel_reaches_every_image_quarter(config):
-    """What the network says anywhere depends on pixels across the image, unless there is nothing to carry it there."""
+def test_every_pixel_reaches_the_corner(config):
     model, (x, t, y) = perturbed(**config), batch(1)
     x.requires_grad_()
     model(x, t, y)[0, 0, 0, 0].backward()
@@ -153,6 +155,37 @@ def test_attention_at_the_named_resolutions(attention):
     model(*batch(1))
     expected = [size for size in (14, 7) if size in attention]
     assert sizes == [*expected, 7, *reversed(expected)]  # down, the middle, up
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_attention_same_as_torchs(heads):
+    torch.manual_seed(0)
+    attention, expected = Attention(16, heads, groups=8), nn.MultiheadAttention(16, heads, batch_first=True)
+    for p in attention.parameters():
+        p.normal_()
+    expected.in_proj_weight.copy_(attention.qkv.weight)
+    expected.in_proj_bias.copy_(attention.qkv.bias)
+    expected.out_proj.load_state_dict(attention.out.state_dict())
+    x = torch.randn(2, 16, 5, 7)
+    tokens = attention.norm(x).flatten(2).transpose(1, 2)
+    added = expected(tokens, tokens, tokens)[0].transpose(1, 2).view_as(x)
+    torch.testing.assert_close(attention(x), x + added, atol=1e-4, rtol=1e-4)
+
+
+@configs
+@torch.no_grad()
+def test_what_each_block_made_going_down_comes_back_going_up(config):
+    model, made, received = perturbed(**config), [], []
+    for level in model.down:
+        for _, attend in level:
+            attend.register_forward_hook(lambda _, __, output: made.append(output))
+    for level in model.up:
+        for block, _ in level:
+            block.register_forward_pre_hook(lambda _, inputs: received.append(inputs[0]))
+    model(*batch())
+    assert len(made) == len(received) == len(config["channels"]) * config["blocks"]
+    assert all(torch.equal(h[:, -skip.shape[1] :], skip) for h, skip in zip(received, reversed(made), strict=True))
 
 
 @settings(deadline=None)

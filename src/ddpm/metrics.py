@@ -3,6 +3,8 @@
 Every figure compares sets of feature vectors [N, D] (or pixels) and is a plain, deterministic function of them.
 """
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -36,7 +38,8 @@ def fid(samples: Tensor, reference: Tensor) -> float:
 def kid(samples: Tensor, reference: Tensor, seed: int = 0) -> float:
     """Kernel distance: the unbiased MMD² under a cubic kernel, mean over random subsets (Bińkowski et al. 2018, sec. 4)."""
     size = min(KID_SUBSET_SIZE, len(samples), len(reference))
-    metric = KernelInceptionDistance(feature=_Features(samples.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+    with warnings.catch_warnings(action="ignore"):  # that it holds all features in memory; we do anyway
+        metric = KernelInceptionDistance(feature=_Features(samples.shape[1]), subsets=KID_SUBSETS, subset_size=size)
     metric.update(reference.float(), real=True)
     metric.update(samples.float(), real=False)
     with torch.random.fork_rng(devices=[]):  # torchmetrics draws the subsets from the global generator
