@@ -38,5 +38,5 @@ $(VENV)/.runtime: $(VENV)/bin/uv requirements.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
-	uv pip install --quiet --python $(VENV)/bin/python -r requirements.txt -r requirements-dev.txt
+	uv pip install --quiet --python $(VENV)/bin/python -r requirements-dev.txt -c requirements.txt
 	@touch $@

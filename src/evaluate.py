@@ -63,7 +63,8 @@ def main() -> None:
         if (labels >= 0).all():
             metrics["class_accuracy"] = (predicted == labels).float().mean().item()
         metrics["class_accuracy_real"] = (test_predicted == test_labels).float().mean().item()
-        metrics |= neighbours(images, samples, train_images, train, test_images, test, n)
+        unseen = slice(None) if draws[0] is None else draws[0]
+        metrics |= neighbours(images, samples, train_images, train, test_images[unseen], test[unseen])
 
         write_atomic(METRICS, (json.dumps(metrics, indent=2) + "\n").encode())
         values = {f"eval/{name}": value for name, value in metrics.items()}
@@ -117,16 +118,16 @@ def floors(train: Tensor, test: Tensor, train_labels: Tensor, labels: Tensor, dr
 
 
 def neighbours(
-    images: Tensor, samples: Tensor, train_images: Tensor, train: Tensor, test_images: Tensor, test: Tensor, n: int
+    images: Tensor, samples: Tensor, train_images: Tensor, train: Tensor, test_images: Tensor, test: Tensor
 ) -> dict[str, float]:
-    """Are the samples copies? Nearest training images of samples and of as many test images, in pixels and in features."""
+    """Are the samples copies? Nearest training images of samples and of test images, in pixels and in features."""
     metrics, rows = {}, []
     for suffix, mine, reference, unseen in (
         ("", *(x.flatten(1).float() / 255 for x in (images, train_images, test_images))),
         ("_features", samples, train, test),
     ):
         distance, index = nearest(mine, reference)
-        ratio, share = memorisation(distance, nearest(unseen[:n], reference)[0])
+        ratio, share = memorisation(distance, nearest(unseen, reference)[0])
         metrics |= {f"nearest_neighbour_ratio{suffix}": ratio, f"closer_than_test{suffix}": share}
         closest = distance.argsort()[:PAIRS]
         rows += [images[closest], train_images[index[closest]]]

@@ -23,7 +23,7 @@ from ddpm.samplers import ImageNoise, generate
 
 MODEL = Path("models/diffusion_model.pth")
 OUTPUT = Path("output")
-BATCH = 250  # images denoised together; changes nothing beyond rounding
+BATCH = 125  # images denoised together; changes nothing beyond rounding
 GRID_COLUMNS = 10
 NULL_CLASS = len(CLASSES)
 STRIP_COLUMNS, GIF_FRAMES = 11, 41
@@ -36,6 +36,7 @@ def main() -> None:
     model, diffusion, label_dropout = load_model(MODEL, device)
     check_fits(p, diffusion.timesteps, label_dropout)
     classes = {"all": list(range(len(CLASSES))), "none": [NULL_CLASS]}.get(p.classes, p.classes)
+    guidance = 1.0 if p.classes == "none" else p.guidance_scale  # towards no class is nowhere
     labels = torch.tensor(classes).repeat(-(-p.count // len(classes)))[: p.count]
 
     with tracking.start_run(
@@ -43,13 +44,13 @@ def main() -> None:
     ) as run:
         began = time.monotonic()
         images, history = [], []
-        with tqdm(total=p.count * p.steps, unit="NFE", unit_scale=True, desc="sample", dynamic_ncols=True) as bar:
+        with tqdm(total=p.count * p.steps, unit=" steps", unit_scale=True, desc="sample", dynamic_ncols=True) as bar:
             for first in range(0, p.count, BATCH):
                 y = labels[first : first + BATCH].to(device)
                 noise = ImageNoise(p.seed, first, len(y), (1, 28, 28), device)
                 for x, _ in generate(
                     model, diffusion, y, NULL_CLASS, noise,
-                    p.sampler, p.steps, p.spacing, p.eta, p.variance, p.clip, p.guidance_scale,
+                    p.sampler, p.steps, p.spacing, p.eta, p.variance, p.clip, guidance,
                 ):  # fmt: skip
                     if first == 0:
                         history.append(to_uint8(x[: len(CLASSES)]).cpu())

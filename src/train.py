@@ -6,10 +6,13 @@ goes on where its last saved state is when it is started again.
 
 import hashlib
 import json
+import shutil
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ddpm import tracking
@@ -18,7 +21,7 @@ from ddpm.data import CLASSES, FILES, RAW, load_split
 from ddpm.device import select_device
 from ddpm.figures import save_png, sheet
 from ddpm.files import file_sha256, write_atomic
-from ddpm.params import clean_errors, load_params, project_root
+from ddpm.params import Params, clean_errors, load_params, project_root
 from ddpm.schedule import terminal_warning
 from ddpm.training import Data, Stopped, Trained, fingerprint, state_folder, train, use_bfloat16
 
@@ -47,15 +50,21 @@ def main() -> None:
     if warning := terminal_warning(p.diffusion.schedule, p.diffusion.timesteps):
         print(f"warning: train.diffusion: {warning}", file=sys.stderr)
     data = Data(*(x.to(device) for split in ("train", "test") for x in load_split(RAW, split)))
-    compile_model = device.type == "cuda" if params.runtime.compile == "auto" else params.runtime.compile
+    compile_model = params.runtime.compile
+    if compile_model == "auto":  # where there is a GPU, and the compiler that torch.compile needs for it
+        compile_model = device.type == "cuda" and find_spec("triton") is not None
 
-    root, source = project_root(), Path(__file__).parent
-    code = sorted(path for path in source.rglob("*.py") if path.name != "tracking.py")
-    name = fingerprint(p, [*code, *(RAW / file for file in FILES)])
-    with (
-        state_folder(root / ".resume" / name) as folder,
-        tracking.start_run("train", params.model_dump(), root, folder, device=str(device)) as run,
-    ):
+    root = project_root()
+    name = fingerprint(p, [*imported_source(), *(RAW / file for file in FILES)])
+    with state_folder(root / ".resume" / name) as folder:
+        track_training(params, data, device, root, folder, compile_model)
+        shutil.rmtree(folder)
+
+
+def track_training(params: Params, data: Data, device: torch.device, root: Path, folder: Path, compile_model: bool) -> None:
+    """Train from the states in `folder`, write the outputs, and log it all as one MLflow run."""
+    p = params.train
+    with tracking.start_run("train", params.model_dump(), root, folder / "journal", device=str(device)) as run:
         digest = hashlib.sha256("".join(FILES.values()).encode()).hexdigest()
         profile = {"train_images": len(data.images), "test_images": len(data.test_images)}
         run.dataset("fashion-mnist", digest[:32], str(RAW), profile, "training")
@@ -70,15 +79,22 @@ def main() -> None:
                 "parameters": sum(w.numel() for w in trained.weights.values()),
             }
         )
-        for state in folder.glob("state-*.pt"):
-            state.unlink()
 
 
-def write_outputs(trained: Trained, params) -> None:
+def imported_source() -> list[Path]:
+    """The project's files that training runs: all that are imported by now, tracking apart."""
+    files = {Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
+    own = Path(__file__).resolve().parent
+    return sorted(path for path in files if path.resolve().is_relative_to(own) and path.name != "tracking.py")
+
+
+def write_outputs(trained: Trained, params: Params) -> None:
     p = params.train
     save_model(MODEL, trained.weights, p.model.model_dump(), p.diffusion.model_dump(), p.label_dropout)
     for name, curve in (("train", trained.train_curve), ("validation", trained.validation_curve)):
-        lines = ["\t".join(curve[0])] + ["\t".join(f"{value:.6g}" for value in row.values()) for row in curve]
+        lines = ["\t".join(curve[0])] + [
+            "\t".join(str(value) if isinstance(value, int) else f"{value:.6g}" for value in row.values()) for row in curve
+        ]
         write_atomic(PLOTS / f"{name}.tsv", ("\n".join(lines) + "\n").encode())
     last = trained.train_curve[-100:]
     metrics = {

@@ -10,8 +10,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
 LOGGING = SRC / "ddpm" / "tracking.py"  # changes no result: no stage depends on it
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+PIPELINE = (ROOT / "dvc.yaml").read_text().replace("${evaluate.classifier}", PARAMS["evaluate"]["classifier"])
+STAGES = yaml.safe_load(PIPELINE)["stages"]
 OWN_SECTION = {"download": None, "train": "train", "sample": "sample", "evaluate": "evaluate"}
 
 

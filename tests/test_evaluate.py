@@ -129,7 +129,9 @@ def test_damaged_samples(tmp_path, content):
 def test_samples_of_another_kind(tmp_path, arrays):
     path = tmp_path / "samples.npz"
     path.write_bytes(archive(**arrays))
-    with pytest.raises(UserError, match=f"^{re.escape(f'{path}: images must be uint8 [N, 28, 28] with N int64 labels; {MADE_ANEW}')}"):
+    with pytest.raises(
+        UserError, match=f"^{re.escape(f'{path}: images must be uint8 [N, 28, 28] with N int64 labels; {MADE_ANEW}')}"
+    ):
         load_samples(path)
 
 

@@ -77,7 +77,7 @@ def test_params_are_frozen():
         {"sample.classes": [0, 7, 7]},
         {"sample.steps": 1000},
         {"sample.guidance_scale": 3},
-        {"train.label_dropout": 0},
+        {"train.label_dropout": 0, "sample.guidance_scale": 1},
         {"train.label_dropout": 1, "sample.classes": "none"},
         {"train.diffusion.min_snr_gamma": None},
         {"train.model.channels": [8], "train.model.attention": [14], "train.model.heads": 8},
@@ -128,7 +128,7 @@ FAULTS: list[tuple[dict[str, object], list[str]]] = [
     ({"train.seed": -1}, ["train.seed: -1 should be at least 0"]),
     ({"sample.seed": 2**32}, ["sample.seed: 4294967296 should be less than 4294967296"]),
     ({"sample.count": 9}, ["sample.count: 9 should be at least 10"]),
-    ({"train.diffusion.timesteps": 1}, ["train.diffusion.timesteps: 1 should be at least 2"]),
+    ({"train.diffusion.timesteps": 1}, ["train.diffusion.timesteps: 1 should be at least 4"]),
     # numbers
     ({"train.learning_rate": "2e-4"}, ["train.learning_rate: '2e-4' is text to YAML; write it as 0.0002"]),
     ({"train.learning_rate": "1e-300"}, ["train.learning_rate: '1e-300' should be a number"]),
@@ -187,7 +187,7 @@ FAULTS: list[tuple[dict[str, object], list[str]]] = [
         ["sample.guidance_scale: 2.0 needs a model that also trained without labels; set train.label_dropout > 0"],
     ),
     (
-        {"sample.classes": "none", "train.label_dropout": 0},
+        {"sample.classes": "none", "train.label_dropout": 0, "sample.guidance_scale": 1},
         ["sample.classes: 'none' needs a model that also trained without labels; set train.label_dropout > 0"],
     ),
     (
@@ -254,7 +254,7 @@ def test_no_file_and_a_folder(tmp_path):
 
 def test_a_number_too_long_to_print(tmp_path):
     path = tmp_path / "params.yaml"
-    path.write_text(COMMITTED.read_text().replace("steps: 2600 ", f"steps: 0x{'f' * 5000} "))
+    path.write_text(COMMITTED.read_text().replace(f"steps: {VALID['train']['steps']} ", f"steps: 0x{'f' * 5000} "))
     assert fault_lines(path) == ["train.steps: this number should be at most 10000000"]
 
 

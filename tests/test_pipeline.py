@@ -139,7 +139,7 @@ def test_mlflow_has_the_runs(clone: Path) -> None:
     assert {a.path for a in client.list_artifacts(sample.info.run_id)} == {
         "generated_samples.png", "denoising.png", "denoising.gif",
     }  # fmt: skip
-    assert not list((clone / ".resume").glob("*/journal.jsonl"))
+    assert not list((clone / ".resume").rglob("*.jsonl"))
 
 
 def test_second_repro_does_nothing(clone: Path) -> None:

@@ -1,4 +1,6 @@
-"""Which processor the work runs on."""
+"""Which processor the work runs on, set up to give the same bytes every time."""
+
+import os
 
 import torch
 
@@ -21,6 +23,10 @@ def select_device(name: str, tf32: bool = True) -> torch.device:
             )
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
+        # the same bytes every time: no kernels that add in an order of their own
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("runtime.device: 'mps', but PyTorch sees no Apple GPU here; use auto or cpu")
     return torch.device(name)

@@ -16,24 +16,21 @@ FONT_SIZE = 13
 PAPER, INK = 255, 40
 
 
-def sheet(images: Tensor, columns: int, row_names: Sequence[str] = (), column_names: Sequence[str] = ()) -> Image.Image:
-    """Images uint8 [N, H, W] in rows of `columns`, with names before the rows and above the columns if given."""
+def sheet(images: Tensor, columns: int, row_names: Sequence[str] = ()) -> Image.Image:
+    """Images uint8 [N, H, W] in rows of `columns`, with names before the rows if given."""
     images = images.numpy()
     size = images.shape[-1] * ZOOM + GAP
     font = ImageFont.load_default(FONT_SIZE)
     left = max((int(font.getlength(name)) for name in row_names), default=0) + (8 if row_names else 0)
-    top = FONT_SIZE + 6 if column_names else 0
     rows = -(-len(images) // columns)
-    canvas = Image.new("L", (left + columns * size + GAP, top + rows * size + GAP), PAPER)
+    canvas = Image.new("L", (left + columns * size + GAP, rows * size + GAP), PAPER)
     draw = ImageDraw.Draw(canvas)
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
         tile = Image.fromarray(np.repeat(np.repeat(image, ZOOM, 0), ZOOM, 1))
-        canvas.paste(tile, (left + GAP + column * size, top + GAP + row * size))
+        canvas.paste(tile, (left + GAP + column * size, GAP + row * size))
     for row, name in enumerate(row_names):
-        draw.text((left - 6, top + row * size + size // 2), name, fill=INK, font=font, anchor="rm")
-    for column, name in enumerate(column_names):
-        draw.text((left + column * size + size // 2, top // 2), name, fill=INK, font=font, anchor="mm")
+        draw.text((left - 6, row * size + size // 2), name, fill=INK, font=font, anchor="rm")
     return canvas
 
 

@@ -78,7 +78,7 @@ class ModelParams(Section):
 
 
 class DiffusionParams(Section):
-    timesteps: Annotated[int, Field(ge=2, le=100_000)]
+    timesteps: Annotated[int, Field(ge=4, le=10_000)]
     schedule: Literal["linear", "cosine", "sigmoid"]
     prediction: Literal["eps", "x0", "v"]
     min_snr_gamma: Annotated[float, Field(gt=0, le=1e6)] | None
@@ -102,7 +102,7 @@ class TrainParams(Section):
 
 class SampleParams(Section):
     sampler: Literal["ddpm", "ddim", "dpmpp_2m"]
-    steps: Annotated[int, Field(ge=1, le=100_000)]
+    steps: Annotated[int, Field(ge=1, le=10_000)]
     spacing: Literal["leading", "trailing", "linspace"]
     eta: Probability
     variance: Literal["small", "large"]
@@ -114,7 +114,7 @@ class SampleParams(Section):
 
 
 class EvaluateParams(Section):
-    classifier: str
+    classifier: Annotated[str, Field(min_length=1)]
 
 
 class RuntimeParams(Section):

@@ -4,6 +4,7 @@ A denoiser maps (x_t [N, C, H, W], t) to the clean image x̂0 that it sees in x_
 timesteps and yields (x, x̂0) after every network evaluation; the last x is the sample.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -128,14 +129,14 @@ def dpmpp_2m(
             if previous is not None:
                 previous_x0, previous_h = previous
                 d = x0 + (x0 - previous_x0) * h / (2 * previous_h)
-            x = sigma / (1 - level) ** 0.5 * x - alpha * torch.expm1(-h).item() * d
+            x = sigma / (1 - level) ** 0.5 * x - alpha * math.expm1(-h) * d
             previous = (x0, h)
         yield x, x0
 
 
-def _half_log_snr(level: float) -> Tensor:
-    """λ = log(alpha / sigma), float64."""
-    return 0.5 * torch.logit(torch.tensor(level, dtype=torch.float64))
+def _half_log_snr(level: float) -> float:
+    """λ = log(alpha / sigma)."""
+    return 0.5 * math.log(level / (1 - level))
 
 
 @torch.inference_mode()

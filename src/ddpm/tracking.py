@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -27,7 +28,9 @@ from pathlib import Path
 EXPERIMENT = "fashion-mnist-ddpm"  # MLFLOW_EXPERIMENT_NAME names another
 RETRY_SECONDS = 2
 SHIP_SECONDS = 1  # between two shipments, so that they are batches
-EXIT_SECONDS = {"remote": 10, "local": 120}  # how long the end waits for a store that doesn't answer, or a busy database
+EXIT_SECONDS = 10  # how long the end waits for a store that is in trouble
+SLOW_SECONDS = 120  # and for one that is only slow, such as a database that is being created
+REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")  # asking again would change nothing
 MAX_BATCH = 1000  # metrics that MLflow takes in one call
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -79,7 +82,7 @@ class Run:
         self.root, self.journal = root, Journal(folder)
         self.queue = deque(e for e in self.journal.entries if "end" not in e)  # it has not ended after all
         self.logged = {(e.get("metric", "preview"), e["step"]) for e in self.queue if "step" in e}
-        self.shipped = threading.Event()
+        self.shipped = False
         self.finishing = threading.Event()
         if not self.journal.entries:
             self._append({"start": {**start, "journal": uuid.uuid4().hex, "time": _now()}})
@@ -116,12 +119,14 @@ class Run:
         """End the run. What the store has not taken by then is kept, and a printed command ships it."""
         self._append({"end": status, "time": _now()})
         self.finishing.set()
-        shipped = self.shipped.wait(EXIT_SECONDS["local" if self.store.is_local else "remote"])
+        began = time.monotonic()
+        while self.thread.is_alive() and time.monotonic() - began < self.store.patience:
+            self.thread.join(0.1)
         self.journal.file.close()
         resumable = _is_resumable(self.store.start["stage"], status)
-        if shipped and not resumable:
+        if self.shipped and not resumable:
             shutil.rmtree(self.journal.folder)
-        elif not shipped:
+        elif not self.shipped:
             folder = self.journal.folder
             if not resumable:  # the next run of this configuration is a new one
                 folder = folder.rename(self.root / ".resume" / f"unshipped-{self.store.start['journal'][:12]}")
@@ -140,9 +145,12 @@ class Run:
             try:
                 self.store.ship(self.queue)
                 if self.finishing.is_set() and not self.queue:
-                    self.shipped.set()
+                    self.shipped = True
                     return
                 self.finishing.wait(SHIP_SECONDS)
+            except ImportError as error:  # a machine without MLflow: the journal is shipped from another
+                self.store.problem = _first_line(error)
+                return
             except Exception as error:  # whatever the store's trouble is, the run goes on and the thread tries again
                 if self.store.problem is None:
                     print(f"warning: MLflow at {self.store.uri}: {_first_line(error)}; still trying", file=sys.stderr)
@@ -157,21 +165,35 @@ class Store:
         self.root, self.journal, self.start = root, journal, start
         self.uri = tracking_uri(root)
         self.is_local = "://" not in self.uri or self.uri.startswith(("sqlite:", "file:"))
-        self.problem: str | None = None
+        self.problem: str | None = None  # the last one, while it lasts
         self.client = self.run_id = self.parent_id = self.monitor = None
+
+    @property
+    def patience(self) -> int:
+        """Seconds to wait for it at the end."""
+        return EXIT_SECONDS if self.problem or not self.is_local else SLOW_SECONDS
 
     def ship(self, queue: deque[dict]) -> None:
         """Send the queue's entries in order; each leaves the queue when the store has it."""
         if self.run_id is None:
             self._open()
         from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
 
         while queue:
             batch = [Metric(e["metric"], e["value"], e["time"], e["step"]) for e in _leading_metrics(queue)]
             if batch:
                 self.client.log_batch(self.run_id, metrics=batch)
             else:
-                self._send(queue[0])
+                try:
+                    self._send(queue[0])
+                except MlflowException as error:
+                    if error.error_code not in REFUSED:
+                        raise
+                    print(
+                        f"warning: MLflow at {self.uri} refused to log {next(iter(queue[0]))}: {_first_line(error)}",
+                        file=sys.stderr,
+                    )
             for _ in range(max(len(batch), 1)):
                 queue.popleft()
         self.problem = None
@@ -271,18 +293,18 @@ class Store:
         """
         if self.parent_id is None:
             return
-        parent = self.client.get_run(self.parent_id)
-        if best := parent.data.tags.get("best_evaluation"):
-            if best == self.run_id:
-                return  # an earlier process that shipped this journal put them there
-            theirs, mine = self.client.get_run(best), self.client.get_run(self.run_id)
+        best = self.client.get_run(self.parent_id).data.tags.get("best_evaluation")
+        if best == self.run_id:
+            return  # an earlier process that shipped this journal put them there
+        if theirs := self._find(f"attributes.run_id = '{best}'"):  # or it was deleted since
+            theirs, mine = theirs[0], self.client.get_run(self.run_id)
             same_evaluator = theirs.data.tags["evaluator_sha256"] == mine.data.tags["evaluator_sha256"]
             their_rank = (-int(theirs.data.tags["samples"]), theirs.data.metrics["eval/fid"])
             if same_evaluator and their_rank <= (-int(mine.data.tags["samples"]), values["eval/fid"]):
                 return
-        now = _now()
-        for name, value in values.items():
-            self.client.log_metric(self.parent_id, name, value, timestamp=now)
+        from mlflow.entities import Metric
+
+        self.client.log_batch(self.parent_id, metrics=[Metric(name, value, _now(), 0) for name, value in values.items()])
         self.client.set_tag(self.parent_id, "best_evaluation", self.run_id)
 
 
@@ -305,13 +327,19 @@ def start_run(
         "system_metrics": stage == "train",
     }
     run = Run(root, folder or root / ".resume" / f"{stage}-{uuid.uuid4().hex[:12]}", start)
+    if on_main := threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the run would stay RUNNING for ever
     try:
         yield run
     except BaseException as error:
         failed = isinstance(error, Exception) and not hasattr(error, "exit_status")
         run.finish("FAILED" if failed else "KILLED")
         raise
-    run.finish("FINISHED")
+    else:
+        run.finish("FINISHED")
+    finally:
+        if on_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _is_resumable(stage: str, status: str | None) -> bool:
@@ -372,7 +400,8 @@ def main() -> None:
     folder = Path(sys.argv[1]).resolve()
     journal = Journal(folder)
     start = next(e["start"] for e in journal.entries if "start" in e)
-    store = Store(folder.parents[1], journal, {**start, "system_metrics": False})
+    root = next((parent.parent for parent in folder.parents if parent.name == ".resume"), folder.parent)
+    store = Store(root, journal, {**start, "system_metrics": False})
     try:
         store.ship(deque(journal.entries))
     except Exception as error:
