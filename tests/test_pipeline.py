@@ -5,6 +5,7 @@ One clone serves all tests of this file, in order: each goes on from where the o
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,9 +23,13 @@ pytestmark = pytest.mark.pipeline
 
 
 def environment() -> dict[str, str]:
-    """Ours, without what an outer DVC or MLflow would tell the pipeline, and with this Python first on the path."""
+    """Ours, without what an outer DVC or MLflow would tell the pipeline, and with this Python first on the path.
+
+    The machine's load is sampled every second: the smoke preset would be over before the ten that MLflow takes.
+    """
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
-    return {**clean, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
+    return {**clean, "PATH": path, "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}
 
 
 def run(clone: Path, *command: str) -> str:
@@ -121,18 +126,14 @@ def test_mlflow_has_the_runs(clone: Path) -> None:
     losses = client.get_metric_history(train.info.run_id, "train/loss")
     assert sorted(m.step for m in losses) == list(range(1, 61))
     assert sorted(m.step for m in client.get_metric_history(train.info.run_id, "val/loss")) == [0, 30, 60]
-    assert "system/cpu_utilization_percentage" in train.data.metrics or train.info.end_time - train.info.start_time < 20_000
+    assert "system/cpu_utilization_percentage" in train.data.metrics
     assert train.inputs.dataset_inputs[0].dataset.name == "fashion-mnist"
-    previews = client.list_artifacts(train.info.run_id, "images")
-    assert {step for step in (0, 30, 60) if any(f"%step%{step}%" in p.path or f"+step+{step}+" in p.path for p in previews)} == {
-        0,
-        30,
-        60,
-    }
+    previews = [re.search(r"[+%]step[+%](\d+)", a.path) for a in client.list_artifacts(train.info.run_id, "images")]
+    assert {int(found[1]) for found in previews} == {0, 30, 60}
 
     stored = Path(client.download_artifacts(train.info.run_id, "model/diffusion_model.pth"))
     assert stored.read_bytes() == (clone / "models/diffusion_model.pth").read_bytes()
-    assert clone / "mlartifacts" in stored.parents
+    assert train.info.artifact_uri.startswith((clone / "mlartifacts").as_uri())
     metrics = json.loads((clone / "output/metrics/evaluate.json").read_text())
     assert train.data.metrics["eval/fid"] == evaluate.data.metrics["eval/fid"] == metrics["fid"]
     assert train.data.tags["best_evaluation"] == evaluate.info.run_id
