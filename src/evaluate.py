@@ -67,6 +67,8 @@ def main() -> None:
         metrics |= neighbours(images, samples, train_images, train, test_images[unseen], test[unseen])
 
         write_atomic(METRICS, (json.dumps(metrics, indent=2) + "\n").encode())
+        beside = f", {metrics['fid'] / metrics['fid_floor']:.0f} × the floor of real images" if "fid_floor" in metrics else ""
+        print(f"fid {metrics['fid']:.4f}{beside}; the rest is in {METRICS}")
         values = {f"eval/{name}": value for name, value in metrics.items()}
         run.metrics(0, values)
         run.best_evaluation(values)

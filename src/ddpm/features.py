@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ddpm.files import file_sha256, load_tensors, read_verified, serialise, write_verified
 from ddpm.params import UserError
@@ -78,7 +79,7 @@ def extract(classifier: Classifier, images: Tensor, device: torch.device, batch_
     """Features float32 [N, 128] and predicted classes int64 [N] of uint8 images [N, 28, 28], on the CPU."""
     classifier = classifier.to(device, memory_format=torch.channels_last)
     features, predictions = [], []
-    for batch in images.split(batch_size):
+    for batch in tqdm(images.split(batch_size), unit="batch", desc=f"features of {len(images)}", dynamic_ncols=True):
         f, logits = classifier(batch.to(device))
         features.append(f.float().cpu())
         predictions.append(logits.argmax(1).cpu())
