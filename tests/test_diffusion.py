@@ -26,18 +26,11 @@ def every_timestep(timesteps: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 @pytest.mark.parametrize("timesteps", [300, 1000])
 @pytest.mark.parametrize("schedule", DIFFUSERS)
-def test_q_sample_same_as_diffusers(schedule, timesteps):
+@pytest.mark.parametrize(("ours", "theirs"), [("q_sample", "add_noise"), ("target", "get_velocity")])
+def test_forward_process_and_v_same_as_diffusers(ours, theirs, schedule, timesteps):
     x0, t, eps = every_timestep(timesteps)
-    expected = DDPMScheduler(timesteps, beta_schedule=DIFFUSERS[schedule]).add_noise(x0, eps, t)
-    torch.testing.assert_close(Diffusion(timesteps, schedule, "v").q_sample(x0, t, eps), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("timesteps", [300, 1000])
-@pytest.mark.parametrize("schedule", DIFFUSERS)
-def test_v_same_as_diffusers(schedule, timesteps):
-    x0, t, eps = every_timestep(timesteps)
-    expected = DDPMScheduler(timesteps, beta_schedule=DIFFUSERS[schedule]).get_velocity(x0, eps, t)
-    torch.testing.assert_close(Diffusion(timesteps, schedule, "v").target(x0, t, eps), expected, atol=1e-5, rtol=1e-5)
+    expected = getattr(DDPMScheduler(timesteps, beta_schedule=DIFFUSERS[schedule]), theirs)(x0, eps, t)
+    torch.testing.assert_close(getattr(Diffusion(timesteps, schedule, "v"), ours)(x0, t, eps), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_q_sample_keeps_unit_variance():

@@ -68,11 +68,13 @@ class Journal:
         self.file.write(json.dumps(entry) + "\n")
 
     def deposit(self, path: Path) -> str:
-        """Copy a file into the outbox; it leaves it when it has been shipped."""
-        name = f"{uuid.uuid4().hex[:8]}-{path.name}"
-        shutil.copyfile(path, self.outbox / f".{name}")
-        (self.outbox / f".{name}").rename(self.outbox / name)
-        return name
+        """Copy a file, under its own name, into a new folder of the outbox; it leaves it when it has been shipped."""
+        folder = uuid.uuid4().hex[:8]
+        hidden = self.outbox / f".{folder}"
+        hidden.mkdir()
+        shutil.copyfile(path, hidden / path.name)
+        hidden.rename(self.outbox / folder)
+        return f"{folder}/{path.name}"
 
 
 class Run:
@@ -103,7 +105,7 @@ class Run:
             self._append({"preview": self.journal.deposit(image), "step": step, "time": _now()})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        self._append({"artifact": self.journal.deposit(path), "name": path.name, "folder": folder})
+        self._append({"artifact": self.journal.deposit(path), "folder": folder})
 
     def tags(self, values: dict[str, object]) -> None:
         self._append({"tags": {name: str(value) for name, value in values.items()}})
@@ -253,16 +255,12 @@ class Store:
                     self.client.log_image(
                         self.run_id, image, key="samples", step=entry["step"], timestamp=entry["time"], synchronous=True
                     )
-                path.unlink()
+                shutil.rmtree(path.parent)
         elif "artifact" in entry:
             path = self.journal.outbox / entry["artifact"]
             if path.exists():
-                staged = path.with_name(f"{path.name}.d") / entry["name"]  # MLflow keeps the name that the file has
-                staged.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, staged)
-                self.client.log_artifact(self.run_id, str(staged), entry["folder"])
-                path.unlink()
-                shutil.rmtree(staged.parent)
+                self.client.log_artifact(self.run_id, str(path), entry["folder"])
+                shutil.rmtree(path.parent)
         elif "tags" in entry:
             for name, value in entry["tags"].items():
                 self.client.set_tag(self.run_id, name, value)
@@ -343,7 +341,7 @@ def start_run(
 
 
 def _is_resumable(stage: str, status: str | None) -> bool:
-    """Whether the journal's folder must stay: a training that goes on has its states there too."""
+    """Whether the journal must stay: a training that goes on appends to it."""
     return stage == "train" and status != "FINISHED"
 
 
