@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: setup repro test lint ui help
+.PHONY: setup repro test lint bench ui help
 .DEFAULT_GOAL := help
 
 help:  ## these targets
@@ -23,6 +23,9 @@ lint: $(VENV)/.dev  ## style and mistakes
 	ruff check .
 	ruff format --check .
 
+bench: $(VENV)/.dev  ## this project beside its peers, in a quarter of an hour
+	python bench/run.py
+
 ui: $(VENV)/.runtime  ## the MLflow UI, at http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --host 127.0.0.1 --port 5000 --workers 1 \
 		--backend-store-uri sqlite:///mlflow.db --artifacts-destination mlartifacts
@@ -37,6 +40,6 @@ $(VENV)/.runtime: $(VENV)/bin/uv requirements.txt
 	uv pip install --quiet --python $(VENV)/bin/python -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
-	uv pip install --quiet --python $(VENV)/bin/python -r requirements-dev.txt -c requirements.txt
+$(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt bench/requirements.txt
+	uv pip install --quiet --python $(VENV)/bin/python -r requirements-dev.txt -r bench/requirements.txt -c requirements.txt
 	@touch $@

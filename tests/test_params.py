@@ -215,7 +215,7 @@ def test_a_line_for_each_fault(tmp_path, changes, lines):
 
 def test_exponent_without_a_point_as_a_person_writes_it(tmp_path):
     path = tmp_path / "params.yaml"
-    path.write_text(COMMITTED.read_text().replace("learning_rate: 0.002 ", "learning_rate: 2e-4 "))
+    path.write_text(re.sub(r"learning_rate: [\d.]+", "learning_rate: 2e-4", COMMITTED.read_text()))
     assert fault_lines(path) == ["train.learning_rate: '2e-4' is text to YAML; write it as 0.0002"]
 
 

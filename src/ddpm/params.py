@@ -88,6 +88,7 @@ class TrainParams(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     steps: Count
     batch_size: Annotated[int, Field(ge=1, le=60_000)]
+    optimizer: Literal["muon", "adamw"]
     learning_rate: Annotated[float, Field(gt=0, le=1)]
     warmup_steps: Annotated[int, Field(ge=0, le=10_000_000)]
     weight_decay: Annotated[float, Field(ge=0, le=10)]
@@ -151,13 +152,20 @@ class Params(Section):
 def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read and validate `path`. Raises UserError with a line for each fault: the key's path, the value, what is allowed."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file here; run from the repository's root") from None
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8") from None
+    return parse_params(text, path)
+
+
+def parse_params(text: str, path: Path) -> Params:
+    """The parameters that the YAML in `text` spells; `path` is what errors call it. Raises UserError as `load_params`."""
+    try:
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # 2020-99-99: a ValueError
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

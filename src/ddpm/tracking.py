@@ -271,6 +271,9 @@ class Store:
         elif "end" in entry:
             if self.monitor:
                 self.monitor.finish()
+                self.monitor.collect_metrics()  # or a run shorter than MLflow's interval of 10 s would have none
+                self.monitor.publish_metrics(self.monitor.aggregate_metrics())
+                self.monitor.mlflow_logger.flush()
                 self.monitor = None
             self.client.set_terminated(self.run_id, entry["end"], entry["time"])
 

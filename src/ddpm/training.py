@@ -20,9 +20,10 @@ from tqdm import tqdm
 from ddpm.checkpoint import load_state, save_state
 from ddpm.data import CLASSES, to_model_range, to_uint8
 from ddpm.diffusion import Diffusion, generator
+from ddpm.muon import Muon
 from ddpm.params import TrainParams, UserError
 from ddpm.samplers import ImageNoise, generate
-from ddpm.unet import UNet
+from ddpm.unet import Attention, ResBlock, UNet
 
 WINDOW = 10  # steps between looks at the loss: the host waits for the device no more often
 STATE_SECONDS = 60  # between two saved training states; when they are saved changes no result
@@ -70,13 +71,13 @@ def train(p: TrainParams, data: Data, device: torch.device, states: Path, log: L
     """Train for `p.steps` steps, from the newest state in `states` if there is one.
 
     What step s draws depends on (p.seed, s) alone, so the result is the same whether or not the run was interrupted.
-    Raises UserError when a loss isn't finite (before it touches the weights) and Stopped on SIGTERM or Ctrl-C.
+    Raises UserError when a loss or gradient isn't finite (before a state is saved) and Stopped on SIGTERM or Ctrl-C.
     """
     torch.manual_seed(p.seed)  # initial weights
     model = UNet(**p.model.model_dump()).to(device, memory_format=torch.channels_last)
     diffusion = Diffusion(**p.diffusion.model_dump()).to(device)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=p.learning_rate, betas=(0.9, 0.99), weight_decay=p.weight_decay, fused=True)
+    optimizers = make_optimizers(p, model)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     ema_parameters = list(ema.parameters())
     start, train_curve, validation_curve = 0, [], []
@@ -84,13 +85,12 @@ def train(p: TrainParams, data: Data, device: torch.device, states: Path, log: L
     if state := load_state(states):
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, content in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(content)
         start, train_curve, validation_curve = state["step"], state["train_curve"], state["validation_curve"]
 
-    network = torch.compile(model) if compile_model else model
+    network = torch.compile(model, mode="reduce-overhead") if compile_model else model  # with CUDA graphs
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(p, device))
-    broken = torch.zeros((), device=device)  # 1 from the first non-finite loss on: the fused optimizer then skips its step
-    optimizer.grad_scale, optimizer.found_inf = None, broken
     losses, norms = torch.zeros(WINDOW, device=device), torch.zeros(WINDOW, device=device)
     saved_at = time.monotonic()
 
@@ -99,8 +99,11 @@ def train(p: TrainParams, data: Data, device: torch.device, states: Path, log: L
             report(p, 0, ema, diffusion, data, validation_curve, log)
         window_began = time.monotonic()
         for step in range(start, p.steps):
-            set_learning_rate(optimizer, learning_rate(p, step))
-            batch, t, eps, dropped = (x.to(device, non_blocking=device.type == "cuda") for x in draw(p, step, len(data.images)))
+            set_learning_rate(optimizers, learning_rate(p, step))
+            drawn = draw(p, step, len(data.images))
+            if device.type == "cuda":  # from pinned memory the copy doesn't wait for the device
+                drawn = [x.pin_memory() for x in drawn]
+            batch, t, eps, dropped = (x.to(device, non_blocking=device.type == "cuda") for x in drawn)
             x0 = to_model_range(data.images[batch])
             labels = data.labels[batch].masked_fill(dropped, NULL_CLASS)
 
@@ -109,13 +112,11 @@ def train(p: TrainParams, data: Data, device: torch.device, states: Path, log: L
             with autocast:
                 output = network(diffusion.q_sample(x0, t, eps).contiguous(memory_format=torch.channels_last), t, labels)
             loss = diffusion.losses(output, x0, t, eps).mean()
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, p.grad_clip)
-            broken.copy_(torch.maximum(broken, 1 - torch.isfinite(loss + norm).float()))
-            if device.type == "mps" and broken.item():  # MPS's fused optimizer doesn't look at found_inf
-                raise not_finite(p, step)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             with torch.no_grad():
                 torch._foreach_lerp_(ema_parameters, parameters, 1 - ema_decay(p, step))
             losses[step % WINDOW], norms[step % WINDOW] = loss.detach(), norm
@@ -124,12 +125,12 @@ def train(p: TrainParams, data: Data, device: torch.device, states: Path, log: L
             if done % WINDOW and done < p.steps:
                 continue
             steps = range(step // WINDOW * WINDOW, done)
-            window = losses[: len(steps)].tolist()
-            if broken.item():
-                bad = next((s for s, value in zip(steps, window, strict=True) if not math.isfinite(value)), steps[-1])
-                raise not_finite(p, bad)
+            window, window_norms = losses[: len(steps)].tolist(), norms[: len(steps)].tolist()
+            for s, value in zip(steps, map(sum, zip(window, window_norms, strict=True)), strict=True):
+                if not math.isfinite(value):
+                    raise not_finite(p, s)
             row = {"step": done, "loss": sum(window) / len(window), "learning_rate": learning_rate(p, step)}
-            row["grad_norm"] = norms[: len(steps)].mean().item()
+            row["grad_norm"] = sum(window_norms) / len(window_norms)
             train_curve.append(row)
             images_per_second = len(steps) * p.batch_size / (time.monotonic() - window_began)
             for s, value in zip(steps, window, strict=True):
@@ -149,7 +150,7 @@ def train(p: TrainParams, data: Data, device: torch.device, states: Path, log: L
                         "step": done,
                         "model": model.state_dict(),
                         "ema": ema.state_dict(),
-                        "optimizer": optimizer.state_dict(),
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                         "train_curve": train_curve,
                         "validation_curve": validation_curve,
                     },
@@ -195,9 +196,19 @@ def learning_rate(p: TrainParams, step: int) -> float:
     return p.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = value
+def make_optimizers(p: TrainParams, model: UNet) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters, or Muon for the weight matrices inside the blocks and AdamW for the rest."""
+    inside = [w for m in model.modules() if isinstance(m, ResBlock | Attention) for w in m.parameters() if w.ndim > 1]
+    matrices = set(inside) if p.optimizer == "muon" else set()
+    rest = [w for w in model.parameters() if w not in matrices]
+    adamw = torch.optim.AdamW(rest, lr=p.learning_rate, betas=(0.9, 0.99), weight_decay=p.weight_decay, fused=True)
+    return [adamw, Muon(inside, p.learning_rate, weight_decay=p.weight_decay)] if matrices else [adamw]
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], value: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = value
 
 
 def ema_decay(p: TrainParams, step: int) -> float:

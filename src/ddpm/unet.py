@@ -43,7 +43,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.condition(emb)[:, :, None, None].chunk(2, dim=1)
-        h = self.norm2(h) * (1 + scale) + shift
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
 
 
@@ -86,7 +86,7 @@ class UNet(nn.Module):
         groups: int = 8,
     ):
         super().__init__()
-        embedding = 4 * channels[0]
+        embedding = 2 * channels[0]
         self.base_width, self.patch_size = channels[0], patch_size
         self.embed_time = nn.Sequential(nn.Linear(channels[0], embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.embed_class = nn.Embedding(classes + 1, embedding)

@@ -1,0 +1,214 @@
+"""This project and its peers behind one interface: each trains on the same batches and draws samples of given classes.
+
+A peer's model, loss and sampler are its package's own, at the small configuration of its examples. What is equal for all:
+batch size, data in memory, a tenth of the labels dropped where there are classes, an average of the weights as sampler,
+and guidance 1.5, whose two passes a step count as two network evaluations.
+"""
+
+import copy
+import sys
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from ddpm import training  # noqa: E402
+from ddpm.data import CLASSES, to_uint8  # noqa: E402
+from ddpm.diffusion import Diffusion  # noqa: E402
+from ddpm.params import TrainParams, load_params  # noqa: E402
+from ddpm.samplers import ImageNoise, generate  # noqa: E402
+from ddpm.unet import UNet  # noqa: E402
+
+NULL_CLASS = len(CLASSES)
+LABEL_DROPOUT, GUIDANCE = 0.1, 1.5
+PEER_LEARNING_RATE = 1e-3
+SAMPLE_SEED = 1
+SHAPE = (1, 28, 28)
+
+
+class Contender(ABC):
+    """A model in training. `images` are float [B, 1, 28, 28] in -1 … 1, `labels` int64 [B]."""
+
+    name: str
+    conditional = True
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+
+    def start(self, device: torch.device) -> None:
+        """Put the model on `device` and set up the average of its weights."""
+        self.device, self.steps = device, 0
+        self.model.to(device)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    @abstractmethod
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def sample(self, labels: Tensor, evaluations: int) -> Tensor:
+        """Images [N, 1, 28, 28] in -1 … 1 of the averaged model, with that many network evaluations an image."""
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        loss = self.loss(images, labels)
+        self.model.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            decay = min(0.999, (1 + self.steps) / (10 + self.steps))
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        self.steps += 1
+
+    @torch.no_grad()
+    def draw(self, count: int, evaluations: int, batch: int = 125) -> Tensor:
+        """uint8 [count, 28, 28] of all classes in turn, checked by `guard`."""
+        torch.manual_seed(SAMPLE_SEED)
+        labels = torch.arange(count, device=self.device) % len(CLASSES)
+        return torch.cat([guard(self.name, self.sample(y, evaluations)) for y in labels.split(batch)])
+
+
+def guard(name: str, images: Tensor) -> Tensor:
+    """uint8 of images in -1 … 1. Raises where they aren't numbers, or blank, so that no figure stands on garbage."""
+    if not torch.isfinite(images).all():
+        raise SystemExit(f"{name}: its samples are not finite")
+    blank = (images.flatten(1).clamp(-1, 1).std(1) < 0.02).float().mean().item()
+    if blank > 0.05:
+        raise SystemExit(f"{name}: {blank:.0%} of its samples are blank")
+    return to_uint8(images).cpu()
+
+
+class Ours(Contender):
+    """The default model, or the one of `p`; labels are dropped as in its own training."""
+
+    def __init__(self, p: TrainParams | None = None, conditional: bool = True):
+        self.p = p or load_params(ROOT / "params.yaml").train
+        self.conditional = conditional
+        self.name = "this project" if conditional else "this project, without classes"
+        torch.manual_seed(self.p.seed)
+        self.model = UNet(**self.p.model.model_dump()).to(memory_format=torch.channels_last)
+        self.optimizers = training.make_optimizers(self.p, self.model)
+        self.diffusion = Diffusion(**self.p.diffusion.model_dump())
+
+    def start(self, device: torch.device) -> None:
+        super().start(device)
+        self.diffusion.to(device)
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        training.set_learning_rate(self.optimizers, self.p.learning_rate * min(1, (self.steps + 1) / self.p.warmup_steps))
+        n, timesteps = len(images), self.p.diffusion.timesteps
+        t = ((torch.arange(n) + torch.rand(n)) * timesteps / n).long().to(self.device)
+        dropped = torch.rand(n, device=self.device) < (LABEL_DROPOUT if self.conditional else 1)
+        eps = torch.randn_like(images)
+        x_t = self.diffusion.q_sample(images, t, eps).contiguous(memory_format=torch.channels_last)
+        return self.diffusion.losses(self.model(x_t, t, labels.masked_fill(dropped, NULL_CLASS)), images, t, eps).mean()
+
+    def sample(self, labels: Tensor, evaluations: int) -> Tensor:
+        guidance, steps = (GUIDANCE, evaluations // 2) if self.conditional else (1.0, evaluations)
+        labels = labels if self.conditional else torch.full_like(labels, NULL_CLASS)
+        noise = ImageNoise(torch.randint(2**31, ()).item(), 0, len(labels), SHAPE, self.device)
+        *_, (x, _) = generate(self.ema, self.diffusion, labels, NULL_CLASS, noise, "dpmpp_2m", steps, guidance_scale=guidance)
+        return x
+
+
+class Diffusers(Contender):
+    """UNet2DModel with class embeddings, DDPMScheduler's noise, DPMSolverMultistepScheduler's samples."""
+
+    name = "diffusers"
+
+    def __init__(self):
+        from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+
+        self.model = unet2d()
+        self.noise = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
+        self.solver = DPMSolverMultistepScheduler.from_config(self.noise.config, timestep_spacing="trailing")
+        self.optimizers = [torch.optim.AdamW(self.model.parameters(), lr=PEER_LEARNING_RATE)]
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        t = torch.randint(1000, (len(images),), device=self.device)
+        eps = torch.randn_like(images)
+        dropped = torch.rand(len(images), device=self.device) < LABEL_DROPOUT
+        output = self.model(self.noise.add_noise(images, eps, t), t, labels.masked_fill(dropped, NULL_CLASS)).sample
+        return F.mse_loss(output, eps)
+
+    def sample(self, labels: Tensor, evaluations: int) -> Tensor:
+        self.solver.set_timesteps(evaluations // 2, device=self.device)
+        x = torch.randn(len(labels), *SHAPE, device=self.device)
+        both = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])
+        for t in self.solver.timesteps:
+            conditional, unconditional = self.ema(torch.cat([x, x]), t, both).sample.chunk(2)
+            x = self.solver.step(unconditional + GUIDANCE * (conditional - unconditional), t, x).prev_sample
+        return x
+
+
+def unet2d() -> nn.Module:
+    """diffusers' UNet2DModel at three levels of 28×28, otherwise its defaults: attention at all levels but the first."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=28,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(32, 64, 128),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=NULL_CLASS + 1,
+    )
+
+
+class Lucidrains(Contender):
+    """denoising-diffusion-pytorch: its Unet with classes and guidance (half of the labels dropped, as it does), DDIM."""
+
+    name = "denoising-diffusion-pytorch"
+
+    def __init__(self):
+        from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet
+
+        unet = Unet(dim=32, num_classes=len(CLASSES), dim_mults=(1, 2, 4), channels=1)
+        self.model = GaussianDiffusion(unet, image_size=28, timesteps=1000, sampling_timesteps=10, ddim_sampling_eta=0.0)
+        self.optimizers = [torch.optim.Adam(self.model.parameters(), lr=PEER_LEARNING_RATE, betas=(0.9, 0.99))]
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.model((images + 1) / 2, classes=labels)
+
+    def sample(self, labels: Tensor, evaluations: int) -> Tensor:
+        self.ema.sampling_timesteps = evaluations // 2
+        return self.ema.sample(labels, cond_scale=GUIDANCE) * 2 - 1
+
+
+class SmallDiffusion(Contender):
+    """smalldiffusion: the DiT, schedule and accelerated sampler of its Fashion-MNIST example, with classes."""
+
+    name = "smalldiffusion"
+
+    def __init__(self):
+        from smalldiffusion import CondEmbedderLabel, DiT, ScheduleDDPM
+
+        self.model = DiT(
+            in_dim=28, channels=1, patch_size=2, depth=6, head_dim=32, num_heads=6,
+            cond_embed=CondEmbedderLabel(6 * 32, len(CLASSES), LABEL_DROPOUT),
+        )  # fmt: skip
+        self.schedule = ScheduleDDPM(beta_start=0.0001, beta_end=0.02, N=1000)
+        trained = [w for w in self.model.parameters() if w.requires_grad]  # the positions are fixed
+        self.optimizers = [torch.optim.AdamW(trained, lr=PEER_LEARNING_RATE)]
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        from smalldiffusion.diffusion import generate_train_sample
+
+        x0, sigma, eps, labels = generate_train_sample((images, labels), self.schedule, conditional=True)
+        return self.model.get_loss(x0, sigma, eps, cond=labels)
+
+    def sample(self, labels: Tensor, evaluations: int) -> Tensor:
+        from smalldiffusion import samples
+
+        sigmas = self.schedule.sample_sigmas(evaluations // 2)
+        noise = torch.randn(len(labels), *SHAPE, device=self.device) * sigmas[0]
+        *_, x = samples(self.ema, sigmas, gam=1.6, cfg_scale=GUIDANCE - 1, xt=noise, cond=labels, accelerator=None)
+        return x
+
+
+PEERS = (Diffusers, Lucidrains, SmallDiffusion)

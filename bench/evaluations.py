@@ -1,0 +1,50 @@
+"""Quality against network evaluations: every sampler at every budget, from the one checkpoint of the default run."""
+
+import torch
+from tqdm import tqdm
+
+from contenders import NULL_CLASS, ROOT, SAMPLE_SEED, SHAPE, guard
+from ddpm.checkpoint import load_model
+from ddpm.data import load_split
+from ddpm.samplers import ImageNoise, generate
+from measure import judge, table
+
+BATCH = 125
+FULL = {"ddpm": (20, 50, 100, 250, 1000), "ddim": (5, 10, 20, 50, 100), "dpmpp_2m": (5, 10, 20, 50, 100)}
+SHORT = {"ddpm": (20, 50), "ddim": (5, 10, 20), "dpmpp_2m": (5, 10, 20)}
+
+
+def run(full: bool) -> dict:
+    device = torch.device("cpu")
+    count = 2000 if full else 500
+    model, diffusion, _ = load_model(ROOT / "models/diffusion_model.pth", device)
+    fid = judge(load_split(ROOT / "data/FashionMNIST/raw", "train")[0])
+    rows = {}
+    for sampler, budgets in (FULL if full else SHORT).items():
+        for steps in budgets:
+            images = []
+            for first in tqdm(range(0, count, BATCH), desc=f"{sampler} {steps}"):
+                labels = torch.arange(first, min(first + BATCH, count)) % NULL_CLASS
+                noise = ImageNoise(SAMPLE_SEED, first, len(labels), SHAPE, device)
+                *_, (x, _) = generate(model, diffusion, labels, NULL_CLASS, noise, sampler, steps)
+                images.append(guard(sampler, x))
+            rows.setdefault(sampler, {})[str(steps)] = fid(torch.cat(images))
+            print(f"{sampler}, {steps} evaluations: fid {rows[sampler][str(steps)]:.4f}", flush=True)
+    return {"samples": count, "rows": rows}
+
+
+def report(result: dict) -> str:
+    budgets = sorted({int(b) for r in result["rows"].values() for b in r})
+    rows = [[f"`{name}`", *(f"{r[str(b)]:.3f}" if str(b) in r else "" for b in budgets)] for name, r in result["rows"].items()]
+    return (
+        table(["network evaluations", *map(str, budgets)], rows) + f"\n\n`fid` of {result['samples']} samples, without guidance."
+    )
+
+
+def plot(result: dict, axes) -> None:
+    for name, r in result["rows"].items():
+        axes.loglog([int(b) for b in r], list(r.values()), marker="o", label=name)
+    axes.set_xlabel("network evaluations an image")
+    axes.set_ylabel(f"FID, {result['samples']} samples")
+    axes.set_title("Quality against the cost of sampling")
+    axes.legend()

@@ -1,0 +1,107 @@
+"""What the parts of the bench share: the machine, rates, and files of results."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from contenders import ROOT
+from ddpm.features import extract, extract_cached, load_classifier
+from ddpm.metrics import fid
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "diffusers", "denoising-diffusion-pytorch", "smalldiffusion", "mlflow", "dvc")
+
+
+def machine() -> dict:
+    """What the figures depend on, but for noise."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine()
+    )
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except ImportError:
+            continue  # a machine lent for its GPU has neither dvc nor mlflow
+    return {
+        "processor": ", ".join([f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads", *gpu]),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "gemm_gflops": round(gemm_rate(torch.device("cpu"))),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], object], device: torch.device, times: int = 1) -> float:
+    """Of one call, over `times` calls."""
+    synchronise(device)
+    began = time.perf_counter()
+    for _ in range(times):
+        work()
+    synchronise(device)
+    return (time.perf_counter() - began) / times
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
+    """GFLOP/s of a product of two square matrices, the best of five: what the machine gives to dense algebra."""
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    a @ b
+    return 2 * size**3 / min(seconds(lambda: a @ b, device, 3) for _ in range(5)) / 1e9
+
+
+def alternating(works: dict[str, Callable[[], object]], device: torch.device, repeats: int, times: int) -> dict[str, float]:
+    """Median seconds of a call of each work; they take turns, so that a machine whose speed drifts treats them alike."""
+    for work in works.values():
+        work()  # warm-up
+    taken = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            taken[name].append(seconds(work, device, times))
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def gflop(work: Callable[[], object]) -> float:
+    """GFLOP of the matrix products and convolutions in one call."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() / 1e9
+
+
+def judge(images: Tensor) -> Callable[[Tensor], float]:
+    """What gives the FID of samples, uint8 [N, 28, 28], against the real `images`, by this project's evaluator."""
+    device, classifier = torch.device("cpu"), load_classifier(ROOT / "models/classifier.pth")
+    real, _ = extract_cached(classifier, images, device, ROOT / ".cache")
+    return lambda samples: fid(extract(classifier, samples, device)[0], real)
+
+
+def keep(part: str, result: dict) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{part}.json").write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+
+
+def table(header: list[str], rows: list[list[object]]) -> str:
+    """Markdown; the first column left, the others right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

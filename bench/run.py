@@ -1,0 +1,83 @@
+"""`make bench`, or `python bench/run.py [--full] [part …]`: this project beside its peers, measured on this machine.
+
+Parts: throughput, quality, evaluations, step, growth; all of them if none is named. The short form takes a quarter of an
+hour, --full some three hours. Each part leaves its figures in bench/results/, and all of those become the tables and plots
+of docs/RESULTS.md. `--report` only does the latter.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+import evaluations
+import growth
+import quality
+import step
+import throughput
+from contenders import ROOT
+from measure import RESULTS, keep
+
+PARTS = {"throughput": throughput, "quality": quality, "evaluations": evaluations, "step": step, "growth": growth}
+PAGE = ROOT / "docs/RESULTS.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="part", help=", ".join(PARTS))
+    parser.add_argument("--full", action="store_true", help="the long form, for docs/RESULTS.md")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write the page from bench/results")
+    options = parser.parse_args()
+    for name in [] if options.report else options.parts or PARTS:
+        print(f"— {name}", flush=True)
+        began = time.monotonic()
+        result = PARTS[name].run(options.full)
+        result |= {"full": options.full, "minutes": round((time.monotonic() - began) / 60, 1)}
+        print(PARTS[name].report(result), flush=True)
+        if options.full:
+            keep(name, result)
+    if options.full or options.report:
+        write_page()
+
+
+def write_page() -> None:
+    """Put every part's table into its place on the page, and draw its plot."""
+    text = PAGE.read_text()
+    for name, part in PARTS.items():
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text())
+        text = filled(text, name, f"{part.report(result)}\n\n{provenance(name, result)}")
+        if hasattr(part, "plot"):
+            figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+            part.plot(result, axes)
+            axes.grid(which="both", alpha=0.2)
+            figure.savefig(ROOT / f"docs/images/{name}.png", dpi=110, metadata={"Software": None})
+            plt.close(figure)
+    PAGE.write_text(text)
+
+
+def provenance(name: str, result: dict) -> str:
+    m = result["machine"]
+    versions = ", ".join(f"{package} {version}" for package, version in m["versions"].items())
+    command = f"`python bench/run.py --full {name}`, {result['minutes']} minutes"
+    return f"<sub>{command}, {m['date']}, commit {m['commit']}; {m['processor']}; Python {m['python']}, {versions}.</sub>"
+
+
+def filled(text: str, name: str, content: str) -> str:
+    """`text` with `content` between the markers of `name`."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if begin not in text:
+        sys.exit(f"{PAGE}: has no place for {name} ({begin} … {end})")
+    return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.S)
+
+
+if __name__ == "__main__":
+    main()

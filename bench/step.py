@@ -1,0 +1,90 @@
+"""Where a training step's time goes, and what tracking it with MLflow costs."""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from contenders import ROOT
+from ddpm import tracking, training
+from ddpm.data import load_split, to_model_range
+from ddpm.diffusion import Diffusion
+from ddpm.params import load_params
+from ddpm.unet import UNet
+from measure import table
+
+PARTS = ("data", "forward", "backward", "clipping and optimiser", "average of the weights")
+
+
+def run(full: bool) -> dict:
+    steps = 200 if full else 40
+    taken = breakdown(steps)
+    return {"steps": steps, "seconds": taken, "mlflow_seconds": logging_cost(steps, sum(taken.values()))}
+
+
+def breakdown(steps: int) -> dict[str, float]:
+    """Median seconds of each part of a step of the default configuration, on the CPU."""
+    params = load_params(ROOT / "params.yaml")
+    p, (images, labels) = params.train, load_split(ROOT / "data/FashionMNIST/raw", "train")
+    model = UNet(**p.model.model_dump()).to(memory_format=torch.channels_last)
+    average = [w.detach().clone() for w in model.parameters()]
+    diffusion = Diffusion(**p.diffusion.model_dump())
+    optimizers, weights = training.make_optimizers(p, model), list(model.parameters())
+    taken: dict[str, list[float]] = {part: [] for part in PARTS}
+    for step in range(steps + 5):
+        clock = [time.perf_counter()]
+        batch, t, eps, dropped = training.draw(p, step, len(images))
+        x0, y = to_model_range(images[batch]), labels[batch].masked_fill(dropped, training.NULL_CLASS)
+        x_t = diffusion.q_sample(x0, t, eps).contiguous(memory_format=torch.channels_last)
+        clock.append(time.perf_counter())
+        loss = diffusion.losses(model(x_t, t, y), x0, t, eps).mean()
+        clock.append(time.perf_counter())
+        model.zero_grad()
+        loss.backward()
+        clock.append(time.perf_counter())
+        torch.nn.utils.clip_grad_norm_(weights, p.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        clock.append(time.perf_counter())
+        with torch.no_grad():
+            torch._foreach_lerp_(average, weights, 1 - training.ema_decay(p, step))
+        clock.append(time.perf_counter())
+        if step >= 5:  # warm by then
+            for part, began, ended in zip(PARTS, clock, clock[1:], strict=False):
+                taken[part].append(ended - began)
+    return {part: statistics.median(values) for part, values in taken.items()}
+
+
+def logging_cost(steps: int, pace: float) -> float:
+    """Processor seconds that logging a step takes, all threads together, into a real store at a training's pace."""
+    params = load_params(ROOT / "params.yaml").model_dump()
+    with tempfile.TemporaryDirectory() as folder, tracking.start_run("train", params, Path(folder)) as run:
+        while run.queue:  # until MLflow is imported and the store is made
+            time.sleep(0.1)
+        time.sleep(1)
+        began = time.process_time()
+        for step in range(1, steps + 1):
+            run.metrics(step, {"train/loss": 0.1})
+            if step % training.WINDOW == 0:
+                run.metrics(step, {f"train/{name}": 0.1 for name in ("learning_rate", "grad_norm", "images_per_second")})
+            time.sleep(pace)
+        return (time.process_time() - began) / steps
+
+
+def report(result: dict) -> str:
+    total = sum(result["seconds"].values())
+    rows = [[part, f"{1000 * s:.1f}", f"{s / total:.1%}"] for part, s in result["seconds"].items()]
+    rows.append(
+        [
+            "logging to MLflow, on another thread",
+            f"{1000 * result['mlflow_seconds']:.2f}",
+            f"{result['mlflow_seconds'] / total:.1%}",
+        ]
+    )
+    rest = 1 - (result["seconds"]["forward"] + result["seconds"]["backward"]) / total
+    return (
+        table(["a training step", "ms", "of it"], rows)
+        + f"\n\nAll but forward and backward: {rest:.1%}. Medians of {result['steps']} steps."
+    )

@@ -1,0 +1,66 @@
+"""Muon: momentum whose update is orthogonalised, for the weight matrices inside a network."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a quintic that is steep at zero: singular values end between 0.7 and 1.2
+NS_STEPS = 5
+
+
+def orthogonalised(matrices: list[Tensor]) -> list[Tensor]:
+    """The nearest semi-orthogonal matrices, roughly, by Newton-Schulz iteration (Jordan et al. 2024).
+
+    Takes matrices [R, C], R ≤ C, of any C but one R. Each iteration multiplies a matrix x by a polynomial of its Gram matrix
+    x xᵀ [R, R]. So all of them are worked out on the Gram matrices, in one batch, and applied to x once, at the end: for
+    96 × 864, two fifths of the operations.
+    """
+    matrices = [x / (x.norm() + 1e-7) for x in matrices]  # singular values of at most 1
+    gram = torch.stack([x @ x.mT for x in matrices])
+    product = factor = polynomial(gram)
+    for _ in range(NS_STEPS - 1):
+        gram = factor @ gram @ factor
+        factor = polynomial(gram)
+        product = factor @ product
+    return [p @ x for p, x in zip(product, matrices, strict=True)]
+
+
+def polynomial(gram: Tensor) -> Tensor:
+    """a I + b G + c G² of each G in [N, R, R]: what one iteration multiplies by."""
+    a, b, c = NS_COEFFICIENTS
+    factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal(dim1=1, dim2=2).add_(a)
+    return factor
+
+
+class Muon(torch.optim.Optimizer):
+    """Jordan et al. 2024, with AdamW's size of update and decoupled weight decay (Liu et al. 2025, sec. 2.2).
+
+    A convolution's weight [out, in, h, w] counts as the matrix [out, in·h·w]. torch.optim.Muon takes no more than two
+    dimensions, and works one matrix at a time in bfloat16, which is slow on processors that don't have it.
+    """
+
+    def __init__(self, parameters: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            lr, momentum, parameters = group["lr"], group["momentum"], group["params"]
+            gradients = [p.grad for p in parameters]
+            averages = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
+            torch._foreach_lerp_(averages, gradients, 1 - momentum)
+            ahead = torch._foreach_lerp(gradients, averages, momentum)  # Nesterov's
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+
+            by_side = defaultdict(list)
+            for p, update in zip(parameters, ahead, strict=True):
+                matrix = update.flatten(1)
+                wide = matrix if len(matrix) <= matrix.shape[1] else matrix.mT
+                by_side[len(wide)].append((p, wide))
+            for side, items in by_side.items():
+                for (p, wide), update in zip(items, orthogonalised([wide for _, wide in items]), strict=True):
+                    update = update if len(p) == side else update.mT
+                    rms = 0.2 * max(wide.shape) ** 0.5  # AdamW's updates have a root mean square of 0.2 or so
+                    p.add_(update.reshape(p.shape), alpha=-lr * rms)

@@ -1,0 +1,54 @@
+"""`python src/preset.py smoke`: write the values of presets/smoke.yaml into params.yaml, and say which ones changed.
+
+Comments and layout stay. `git checkout params.yaml` takes it back.
+"""
+
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from ddpm.files import write_atomic
+from ddpm.params import UserError, clean_errors, load_params, parse_params
+
+PARAMS = Path("params.yaml")
+PRESETS = Path("presets")
+
+
+def main() -> None:
+    names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    if len(sys.argv) != 2 or sys.argv[1] not in names:
+        raise UserError(f"usage: python src/preset.py {'|'.join(names)}")
+    load_params(PARAMS)  # a fault of the user's own is named before a preset hides it
+    yaml = YAML()  # the round-trip kind: comments, order and the way of writing stay
+    yaml.width = 200
+    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+    params, preset = yaml.load(PARAMS), yaml.load(PRESETS / f"{sys.argv[1]}.yaml")
+    changes = list(merge(params, preset))
+    text = io.StringIO()
+    yaml.dump(params, text)
+    parse_params(text.getvalue(), PRESETS / f"{sys.argv[1]}.yaml")
+    write_atomic(PARAMS, text.getvalue().encode())
+    print("\n".join(changes) or f"{PARAMS} has the values of {sys.argv[1]} already")
+
+
+def merge(params: Any, preset: Any, path: str = "") -> Iterator[str]:
+    """Put the values of the nested mapping `preset` into `params`; yields a line for each that differed."""
+    for key, value in preset.items():
+        if isinstance(value, dict):
+            yield from merge(params[key], value, f"{path}{key}.")
+        elif params[key] != value:
+            yield f"{path}{key}: {shown(params[key])} → {shown(value)}"
+            params[key] = value
+
+
+def shown(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        main()

@@ -1,0 +1,95 @@
+"""The bench's own pieces: that its comparison is between equals, that garbage stops it, and that the page is its figures."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from contenders import NULL_CLASS, PEERS, SHAPE, Contender, Ours, guard, unet2d
+from measure import gflop
+from run import PAGE, PARTS, RESULTS, filled, provenance
+from twin import Twin
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+def batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return torch.rand(n, *SHAPE, generator=g) * 2 - 1, torch.randint(NULL_CLASS, (n,), generator=g)
+
+
+@pytest.mark.parametrize("make", [Ours, lambda: Ours(conditional=False), *PEERS])
+def test_a_contender_learns_and_samples(make):
+    torch.manual_seed(0)
+    contender: Contender = make()
+    contender.start(CPU)
+    images, labels = batch(16)
+    weights = [w.detach().clone() for w in contender.model.parameters()]
+    averages = [w.detach().clone() for w in contender.ema.parameters()]
+    losses = []
+    for _ in range(12):
+        with torch.random.fork_rng():
+            torch.manual_seed(1)  # the same noise every time
+            losses.append(contender.loss(images, labels).item())
+        contender.step(images, labels)
+    assert losses[-1] < losses[0]
+    assert any(not torch.equal(a, b) for a, b in zip(weights, contender.model.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(averages, contender.ema.parameters(), strict=True))
+    network, evaluated = getattr(contender.ema, "model", contender.ema), []
+    forward = network.forward  # a hook would miss the peer that calls it by its name
+
+    def counted(x: torch.Tensor, *arguments: object, **options: object) -> object:
+        evaluated.append(len(x))
+        return forward(x, *arguments, **options)
+
+    network.forward = counted
+    drawn = contender.draw(10, 4)
+    assert sum(evaluated) == 10 * 4
+    assert drawn.shape == (10, 28, 28) and drawn.dtype == torch.uint8
+
+
+def test_twin_is_the_peer_block_for_block():
+    """The same convolutions, and the same work to within a twentieth, though its conditioning also scales."""
+
+    def kernels(model: torch.nn.Module) -> list[tuple[int, ...]]:
+        return sorted(tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+
+    torch.manual_seed(0)
+    mine, theirs = Twin(), unet2d()
+    assert kernels(mine) == kernels(theirs)
+    x, t, y = torch.randn(4, *SHAPE), torch.arange(4), torch.arange(4)
+    ratio = gflop(lambda: mine(x, t, y).sum().backward()) / gflop(lambda: theirs(x, t, y).sample.sum().backward())
+    assert 0.95 < ratio < 1.05
+
+
+def test_guard_lets_images_pass_and_stops_the_rest():
+    images, _ = batch(40)
+    assert guard("x", images).dtype == torch.uint8
+    for bad in (images.clone().index_fill(0, torch.tensor([3]), float("nan")), torch.zeros_like(images), images * 0 + 7.0):
+        with pytest.raises(SystemExit, match=r"^x: .*(not finite|blank)"):
+            guard("x", bad)
+    images[0] = 0  # one blank image in forty is let pass
+    guard("x", images)
+
+
+MEASURED = sorted(path.stem for path in RESULTS.glob("*.json"))
+
+
+@pytest.mark.parametrize("part", MEASURED)
+def test_the_page_holds_the_figures_that_were_measured(part):
+    path = RESULTS / f"{part}.json"
+    result = json.loads(path.read_text())
+    text = PAGE.read_text()
+    assert filled(text, part, f"{PARTS[part].report(result)}\n\n{provenance(part, result)}") == text
+    assert result["full"]
+
+
+def test_the_page_shows_what_was_measured_and_nothing_else():
+    assert MEASURED
+    text = PAGE.read_text()
+    assert sorted(re.findall(r"<!-- (\w+) -->", text)) == MEASURED
+    shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert [path for path in shown if not (PAGE.parent / path).exists()] == []

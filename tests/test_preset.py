@@ -1,0 +1,78 @@
+"""Presets: each is valid on top of the committed params, and applying one changes values and nothing else."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ddpm.params import load_params
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
+COMMENT = re.compile(r"#.*")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "presets", tmp_path / "presets")
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    return tmp_path
+
+
+def preset(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "src/preset.py", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def leaves(section: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in section.items():
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def values(path: Path) -> dict[str, object]:
+    return leaves(yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_changes_its_values_and_says_so(folder, path):
+    before = (folder / "params.yaml").read_text()
+    done = preset(folder, path.stem)
+    assert (done.returncode, done.stderr) == (0, "")
+    load_params(folder / "params.yaml")
+    was, wanted = values(ROOT / "params.yaml"), values(path)
+    assert wanted.keys() <= was.keys()
+    assert values(folder / "params.yaml") == {**was, **wanted}
+    said = {line.partition(":")[0] for line in done.stdout.splitlines()}
+    assert said == {key for key in wanted if was[key] != wanted[key]}
+
+    after = (folder / "params.yaml").read_text()
+    assert COMMENT.findall(after) == COMMENT.findall(before)
+    changed = [pair for pair in zip(before.splitlines(), after.splitlines(), strict=True) if pair[0] != pair[1]]
+    assert len(changed) == len(said)
+
+    assert preset(folder, path.stem).stdout == f"params.yaml has the values of {path.stem} already\n"
+    assert (folder / "params.yaml").read_text() == after
+
+
+def test_an_unknown_preset_is_named_beside_those_there_are(folder):
+    before = (folder / "params.yaml").read_bytes()
+    names = "|".join(path.stem for path in PRESETS)
+    for arguments in ((), ("smoky",), ("smoke", "h100")):
+        done = preset(folder, *arguments)
+        assert (done.returncode, done.stderr) == (1, f"error: usage: python src/preset.py {names}\n")
+    assert (folder / "params.yaml").read_bytes() == before
+
+
+def test_a_preset_that_does_not_fit_changes_nothing(folder):
+    (folder / "presets/bad.yaml").write_text("train:\n  steps: -1\n")
+    before = (folder / "params.yaml").read_bytes()
+    done = preset(folder, "bad")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: presets/bad.yaml: train.steps: -1 should be")
+    assert (folder / "params.yaml").read_bytes() == before
