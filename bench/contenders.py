@@ -2,7 +2,7 @@
 
 A peer's model, loss and sampler are its package's own, at the small configuration of its examples. What is equal for all:
 batch size, data in memory, a tenth of the labels dropped where there are classes, an average of the weights as sampler,
-and guidance 1.5, whose two passes a step count as two network evaluations.
+and guidance 1.75, whose two passes a step count as two network evaluations.
 """
 
 import copy
@@ -25,7 +25,7 @@ from ddpm.samplers import ImageNoise, generate  # noqa: E402
 from ddpm.unet import UNet  # noqa: E402
 
 NULL_CLASS = len(CLASSES)
-LABEL_DROPOUT, GUIDANCE = 0.1, 1.5
+LABEL_DROPOUT, GUIDANCE = 0.1, 1.75
 PEER_LEARNING_RATE = 1e-3
 SAMPLE_SEED = 1
 SHAPE = (1, 28, 28)
@@ -100,18 +100,21 @@ class Ours(Contender):
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         training.set_learning_rate(self.optimizers, self.p.learning_rate * min(1, (self.steps + 1) / self.p.warmup_steps))
-        n, timesteps = len(images), self.p.diffusion.timesteps
-        t = ((torch.arange(n) + torch.rand(n)) * timesteps / n).long().to(self.device)
+        n = len(images)
+        t = self.diffusion.timesteps_at((torch.arange(n) + torch.rand(n)) / n).to(self.device)
         dropped = torch.rand(n, device=self.device) < (LABEL_DROPOUT if self.conditional else 1)
         eps = torch.randn_like(images)
         x_t = self.diffusion.q_sample(images, t, eps).contiguous(memory_format=torch.channels_last)
-        return self.diffusion.losses(self.model(x_t, t, labels.masked_fill(dropped, NULL_CLASS)), images, t, eps).mean()
+        output = self.model(x_t, t, labels.masked_fill(dropped, NULL_CLASS))
+        return self.diffusion.errors(output, images, t, eps).mean() * self.diffusion.mean_weight
 
     def sample(self, labels: Tensor, evaluations: int) -> Tensor:
         guidance, steps = (GUIDANCE, evaluations // 2) if self.conditional else (1.0, evaluations)
         labels = labels if self.conditional else torch.full_like(labels, NULL_CLASS)
         noise = ImageNoise(torch.randint(2**31, ()).item(), 0, len(labels), SHAPE, self.device)
-        *_, (x, _) = generate(self.ema, self.diffusion, labels, NULL_CLASS, noise, "dpmpp_2m", steps, guidance_scale=guidance)
+        *_, (x, _) = generate(
+            self.ema, self.diffusion, labels, NULL_CLASS, noise, "dpmpp_2m", steps, "tapered", guidance_scale=guidance
+        )
         return x
 
 

@@ -26,7 +26,7 @@ def run(full: bool) -> dict:
             for first in tqdm(range(0, count, BATCH), desc=f"{sampler} {steps}"):
                 labels = torch.arange(first, min(first + BATCH, count)) % NULL_CLASS
                 noise = ImageNoise(SAMPLE_SEED, first, len(labels), SHAPE, device)
-                *_, (x, _) = generate(model, diffusion, labels, NULL_CLASS, noise, sampler, steps)
+                *_, (x, _) = generate(model, diffusion, labels, NULL_CLASS, noise, sampler, steps, "tapered")
                 images.append(guard(sampler, x))
             rows.setdefault(sampler, {})[str(steps)] = fid(torch.cat(images))
             print(f"{sampler}, {steps} evaluations: fid {rows[sampler][str(steps)]:.4f}", flush=True)

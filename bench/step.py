@@ -35,11 +35,11 @@ def breakdown(steps: int) -> dict[str, float]:
     taken: dict[str, list[float]] = {part: [] for part in PARTS}
     for step in range(steps + 5):
         clock = [time.perf_counter()]
-        batch, t, eps, dropped = training.draw(p, step, len(images))
+        batch, t, eps, dropped = training.draw(p, step, len(images), diffusion)
         x0, y = to_model_range(images[batch]), labels[batch].masked_fill(dropped, training.NULL_CLASS)
         x_t = diffusion.q_sample(x0, t, eps).contiguous(memory_format=torch.channels_last)
         clock.append(time.perf_counter())
-        loss = diffusion.losses(model(x_t, t, y), x0, t, eps).mean()
+        loss = diffusion.errors(model(x_t, t, y), x0, t, eps).mean() * diffusion.mean_weight
         clock.append(time.perf_counter())
         model.zero_grad()
         loss.backward()

@@ -89,14 +89,17 @@ def test_spaced_timesteps_differ_from_diffusers_at_ties_only(count, spacing):
 
 
 @settings(deadline=None)
-@given(timesteps_and_steps, st.sampled_from(["leading", "trailing", "linspace"]))
+@given(timesteps_and_steps, st.sampled_from(["leading", "trailing", "tapered", "linspace"]))
 def test_spaced_timesteps_descend_between_the_ends(count, spacing):
     timesteps, steps = count
     times = spaced_timesteps(timesteps, steps, spacing)
     assert len(times) == steps and all(isinstance(t, int) for t in times)
     assert all(a > b for a, b in pairwise(times))
-    assert times[0] == timesteps - 1 if spacing == "trailing" else times[-1] == 0
+    assert times[0] == timesteps - 1 if spacing in ("trailing", "tapered") else times[-1] == 0
     assert min(times) >= 0 and max(times) < timesteps
+    if spacing == "tapered":  # T-1 is the first interval's start, 0 the last one's end, and that one half as long
+        full = (times[0] - times[-1]) / max(steps - 1, 1)
+        assert steps == 1 or times[-1] == pytest.approx(full / 2, abs=1)
     assert spacing != "linspace" or steps == 1 or times[0] == timesteps - 1
 
 

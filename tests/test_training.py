@@ -12,6 +12,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -134,20 +135,23 @@ def whole(tmp_path_factory):
 def test_a_step_draws_from_seed_and_step_alone_one_timestep_a_stratum(seed, step, batch, timesteps):
     p = params(seed=seed, batch_size=batch, diffusion__timesteps=timesteps)
     torch.manual_seed(1)
-    indices, t, eps, dropped = draw(p, step, 500)
+    diffusion = Diffusion(**p.diffusion.model_dump())
+    indices, t, eps, dropped = draw(p, step, 500, diffusion)
     state = torch.get_rng_state()
     torch.manual_seed(2)
-    again = draw(p, step, 500)
+    again = draw(p, step, 500, diffusion)
     assert all(torch.equal(a, b) for a, b in zip((indices, t, eps, dropped), again, strict=True))
     assert torch.equal(state, torch.manual_seed(1).get_state())  # it takes nothing from the global generator
 
     assert indices.shape == t.shape == dropped.shape == (batch,) and eps.shape == (batch, 1, 28, 28)
     assert indices.min() >= 0 and indices.max() < 500
     assert t.min() >= 0 and t.max() < timesteps
+    share = np.cumsum(diffusion.weight.double().numpy()) / diffusion.weight.double().sum().item()
+    below = np.concatenate([[0.0], share[:-1]])  # timestep t has the quantiles below[t] … share[t]
     for i, timestep in enumerate(t.tolist()):
-        assert math.floor(i * timesteps / batch - 1e-3) <= timestep < math.ceil((i + 1) * timesteps / batch + 1e-3)
-    assert not torch.equal(eps, draw(p, step + 1, 500)[2])
-    assert not torch.equal(eps, draw(params(seed=(seed + 1) % 2**32, batch_size=batch), step, 500)[2])
+        assert share[timestep] > i / batch - 1e-6 and below[timestep] < (i + 1) / batch + 1e-6
+    assert not torch.equal(eps, draw(p, step + 1, 500, diffusion)[2])
+    assert not torch.equal(eps, draw(params(seed=(seed + 1) % 2**32, batch_size=batch), step, 500, diffusion)[2])
 
 
 def test_muon_has_the_matrices_inside_the_blocks_and_adamw_the_rest():
@@ -161,11 +165,14 @@ def test_muon_has_the_matrices_inside_the_blocks_and_adamw_the_rest():
     assert len(only.param_groups[0]["params"]) == len(names)
 
 
-def test_timesteps_and_images_are_uniform():
-    p = params(batch_size=10, diffusion__timesteps=20)
-    draws = [draw(p, step, 50) for step in range(4000)]
+@pytest.mark.parametrize("gamma", [5.0, None])
+def test_images_are_drawn_uniformly_and_timesteps_as_their_weights(gamma):
+    p = params(batch_size=10, diffusion__timesteps=20, diffusion__min_snr_gamma=gamma)
+    diffusion = Diffusion(**p.diffusion.model_dump())
+    draws = [draw(p, step, 50, diffusion) for step in range(4000)]
     timesteps = torch.cat([t for _, t, _, _ in draws]).bincount(minlength=20)
-    assert (timesteps / 40_000).tolist() == pytest.approx([1 / 20] * 20, rel=0.05)
+    weights = diffusion.weight / diffusion.weight.sum()
+    assert (timesteps / 40_000).tolist() == pytest.approx(weights.tolist(), rel=0.05, abs=2e-3)
     images = torch.cat([indices for indices, _, _, _ in draws]).bincount(minlength=50)
     assert (images / 40_000).tolist() == pytest.approx([1 / 50] * 50, rel=0.15)
     eps = torch.cat([eps for _, _, eps, _ in draws[:100]])
@@ -173,10 +180,23 @@ def test_timesteps_and_images_are_uniform():
     assert eps.std().item() == pytest.approx(1, abs=0.01)
 
 
+def test_the_training_loss_estimates_the_weighted_loss():
+    """Importance sampling leaves the mean: errors at drawn timesteps, against losses summed over all timesteps."""
+    p = params(batch_size=64, diffusion__timesteps=50)
+    diffusion = Diffusion(**p.diffusion.model_dump())
+    x0, eps = torch.randn(2, 50, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    output = torch.zeros_like(x0)
+    every = diffusion.losses(output, x0, torch.arange(50), eps).mean().item()
+    t = torch.cat([draw(p, step, 500, diffusion)[1] for step in range(100)])
+    estimate = diffusion.errors(output[t], x0[t], t, eps[t]).mean().item() * diffusion.mean_weight
+    assert estimate == pytest.approx(every, rel=0.01)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 def test_labels_are_dropped_as_often_as_asked(share):
     p = params(batch_size=100, label_dropout=share)
-    dropped = torch.cat([draw(p, step, 500)[3] for step in range(200)]).float().mean().item()
+    diffusion = Diffusion(**p.diffusion.model_dump())
+    dropped = torch.cat([draw(p, step, 500, diffusion)[3] for step in range(200)]).float().mean().item()
     assert dropped == pytest.approx(share, abs=0.01)
     if share in (0, 1):
         assert dropped == share
@@ -370,8 +390,10 @@ def test_a_loss_that_is_not_finite_reaches_neither_a_state_nor_the_log(tmp_path,
     p, label, start = params(steps=200, label_dropout=0.5, report_every=1000, optimizer=optimizer), 7, 20
     poisoned_state(tmp_path, p, start, label)
 
+    diffusion = Diffusion(**p.diffusion.model_dump())
+
     def meets(step: int) -> bool:
-        batch, _, _, dropped = draw(p, step, len(DATA.images))
+        batch, _, _, dropped = draw(p, step, len(DATA.images), diffusion)
         return bool(((DATA.labels[batch] == label) & ~dropped).any())
 
     bad = next(step for step in range(start, p.steps) if meets(step))

@@ -30,7 +30,9 @@ class Diffusion:
         self.alphas_cumprod = alphas_cumprod(schedule, timesteps)  # float64 [T]
         self.alpha = self.alphas_cumprod.sqrt().float()
         self.sigma = (1 - self.alphas_cumprod).sqrt().float()
-        self.weight = self._loss_weight().float()
+        weight = self._loss_weight()
+        self.weight, self.mean_weight = weight.float(), weight.mean().item()
+        self.cumulative_weight = weight.cumsum(0) / weight.sum()
 
     def to(self, device: torch.device) -> "Diffusion":
         for name in ("alpha", "sigma", "weight"):
@@ -44,6 +46,11 @@ class Diffusion:
             return torch.ones_like(snr)
         clipped = snr.clamp(max=self.min_snr_gamma)
         return {"eps": clipped / snr, "x0": clipped, "v": clipped / (snr + 1)}[self.prediction]
+
+    def timesteps_at(self, quantiles: Tensor) -> Tensor:
+        """Timesteps int64 [N] at quantiles float [N] in [0, 1) of the distribution that is proportional to the loss weights."""
+        t = torch.searchsorted(self.cumulative_weight, quantiles.double(), right=True)
+        return t.clamp(max=self.timesteps - 1)
 
     def _at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
@@ -76,6 +83,10 @@ class Diffusion:
         alpha, sigma = self._at(t)
         return (x_t - alpha * x0) / sigma
 
+    def errors(self, output: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The squared error of each image, [N]."""
+        return (output.float() - self.target(x0, t, eps)).square().mean((1, 2, 3))
+
     def losses(self, output: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The weighted squared error of each image, [N]."""
-        return (output.float() - self.target(x0, t, eps)).square().mean((1, 2, 3)) * self.weight[t]
+        return self.errors(output, x0, t, eps) * self.weight[t]

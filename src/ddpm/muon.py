@@ -49,7 +49,10 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, momentum, parameters = group["lr"], group["momentum"], group["params"]
             gradients = [p.grad for p in parameters]
-            averages = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            averages = [self.state[p]["momentum"] for p in parameters]
             torch._foreach_lerp_(averages, gradients, 1 - momentum)
             ahead = torch._foreach_lerp(gradients, averages, momentum)  # Nesterov's
             torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])

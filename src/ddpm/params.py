@@ -104,7 +104,7 @@ class TrainParams(Section):
 class SampleParams(Section):
     sampler: Literal["ddpm", "ddim", "dpmpp_2m"]
     steps: Annotated[int, Field(ge=1, le=10_000)]
-    spacing: Literal["leading", "trailing", "linspace"]
+    spacing: Literal["leading", "trailing", "tapered", "linspace"]
     eta: Probability
     variance: Literal["small", "large"]
     clip: bool

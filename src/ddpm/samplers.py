@@ -16,9 +16,10 @@ Denoiser = Callable[[Tensor, int], Tensor]
 
 
 def spaced_timesteps(timesteps: int, steps: int, spacing: str) -> list[int]:
-    """`steps` of the timesteps 0 … T-1, largest first (Lin et al. 2024, table 2).
+    """`steps` of the timesteps 0 … T-1, largest first.
 
-    trailing starts at T-1, where there is only noise; leading ends at 0; linspace has both.
+    trailing starts at T-1, where there is only noise; leading ends at 0; linspace has both (Lin et al. 2024, table 2).
+    tapered is trailing with a last interval half as long as the others: all solvers are of first order there.
     """
     if spacing == "linspace":
         times = torch.linspace(0, timesteps - 1, steps, dtype=torch.float64).round().long().flip(0)
@@ -26,6 +27,8 @@ def spaced_timesteps(timesteps: int, steps: int, spacing: str) -> list[int]:
         times = (torch.arange(steps) * (timesteps // steps)).flip(0)
     elif spacing == "trailing":
         times = torch.tensor([round(timesteps - i * timesteps / steps) - 1 for i in range(steps)])
+    elif spacing == "tapered":
+        times = torch.tensor([round((timesteps - 1) * (1 - 2 * i / (2 * steps - 1))) for i in range(steps)])
     else:
         raise ValueError(f"unknown spacing {spacing!r}")
     return times.tolist()

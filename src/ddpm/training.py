@@ -100,7 +100,7 @@ def train(p: TrainParams, data: Data, device: torch.device, states: Path, log: L
         window_began = time.monotonic()
         for step in range(start, p.steps):
             set_learning_rate(optimizers, learning_rate(p, step))
-            drawn = draw(p, step, len(data.images))
+            drawn = draw(p, step, len(data.images), diffusion)
             if device.type == "cuda":  # from pinned memory the copy doesn't wait for the device
                 drawn = [x.pin_memory() for x in drawn]
             batch, t, eps, dropped = (x.to(device, non_blocking=device.type == "cuda") for x in drawn)
@@ -111,7 +111,7 @@ def train(p: TrainParams, data: Data, device: torch.device, states: Path, log: L
                 torch.manual_seed(generator(p.seed, "dropout", step).initial_seed())
             with autocast:
                 output = network(diffusion.q_sample(x0, t, eps).contiguous(memory_format=torch.channels_last), t, labels)
-            loss = diffusion.losses(output, x0, t, eps).mean()
+            loss = diffusion.errors(output, x0, t, eps).mean() * diffusion.mean_weight
             model.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, p.grad_clip)
@@ -173,16 +173,18 @@ def use_bfloat16(p: TrainParams, device: torch.device) -> bool:
     return p.precision == "bfloat16" or (p.precision == "auto" and device.type == "cuda")
 
 
-def draw(p: TrainParams, step: int, images: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw(p: TrainParams, step: int, images: int, diffusion: Diffusion) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What training step `step` draws, from (seed, step) alone, on the CPU.
 
     Indices int64 [B] of images, timesteps int64 [B], noise float [B, 1, 28, 28], and which labels are dropped, bool [B].
-    Timesteps are stratified: one from each B-th of the range, which makes the loss less noisy (Kingma et al. 2021, app. I.1).
+    Two things make the loss less noisy and leave its mean: timesteps are drawn as often as the loss weights them, instead of
+    evenly and then weighted (importance sampling), and stratified, one from each B-th of their distribution (Kingma et al.
+    2021, app. I.1).
     """
     g = generator(p.seed, "train", step)
     batch = torch.randint(images, (p.batch_size,), generator=g)
     strata = (torch.arange(p.batch_size) + torch.rand(p.batch_size, generator=g)) / p.batch_size
-    t = (strata * p.diffusion.timesteps).long().clamp(max=p.diffusion.timesteps - 1)
+    t = diffusion.timesteps_at(strata)
     eps = torch.randn(p.batch_size, 1, 28, 28, generator=g)
     dropped = torch.rand(p.batch_size, generator=g) < p.label_dropout
     return batch, t, eps, dropped
