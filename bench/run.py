@@ -1,7 +1,7 @@
 """`make bench`, or `python bench/run.py [--full] [part …]`: this project beside its peers, measured on this machine.
 
-Parts: throughput, quality, evaluations, step, growth; all of them if none is named. The short form takes a quarter of an
-hour, --full some three hours. Each part leaves its figures in bench/results/, and all of those become the tables and plots
+Parts: throughput, step, growth, evaluations, quality, and of whole runs seeds and ablations, which have no short form. The
+short form of the others takes a quarter of an hour, --full of all some five hours. Each part leaves its figures in bench/results/, and all of those become the tables and plots
 of docs/RESULTS.md. `--report` only does the latter.
 """
 
@@ -16,15 +16,18 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+import ablations
 import evaluations
 import growth
 import quality
+import seeds
 import step
 import throughput
 from contenders import ROOT
 from measure import RESULTS, keep
 
-PARTS = {"throughput": throughput, "quality": quality, "evaluations": evaluations, "step": step, "growth": growth}
+SHORT = {"throughput": throughput, "step": step, "growth": growth, "evaluations": evaluations, "quality": quality}
+PARTS = SHORT | {"seeds": seeds, "ablations": ablations}
 PAGE = ROOT / "docs/RESULTS.md"
 
 
@@ -34,7 +37,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the long form, for docs/RESULTS.md")
     parser.add_argument("--report", action="store_true", help="measure nothing; write the page from bench/results")
     options = parser.parse_args()
-    for name in [] if options.report else options.parts or PARTS:
+    for name in [] if options.report else options.parts or (PARTS if options.full else SHORT):
         print(f"— {name}", flush=True)
         began = time.monotonic()
         result = PARTS[name].run(options.full)

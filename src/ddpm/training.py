@@ -191,11 +191,10 @@ def draw(p: TrainParams, step: int, images: int, diffusion: Diffusion) -> tuple[
 
 
 def learning_rate(p: TrainParams, step: int) -> float:
-    """Linear warm-up, then a half cosine down to zero at the last step."""
+    """Linear warm-up, then a straight line down to zero after the last step."""
     if step < p.warmup_steps:
         return p.learning_rate * (step + 1) / p.warmup_steps
-    progress = (step - p.warmup_steps) / max(p.steps - p.warmup_steps, 1)
-    return p.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    return p.learning_rate * (p.steps - step) / max(p.steps - p.warmup_steps, 1)
 
 
 def make_optimizers(p: TrainParams, model: UNet) -> list[torch.optim.Optimizer]:
