@@ -11,29 +11,33 @@ from contenders import ROOT
 def run_experiments(changes: dict[str, list[str]], jobs: int) -> dict[str, dict[str, float]]:
     """The metrics of each named experiment, which is the default with its changes (`train.seed=1` …), `jobs` at a time.
 
-    A job has an equal share of the processor's cores. Raises SystemExit naming those that failed.
+    A job has an equal share of the processor's cores. Experiments of the same names are replaced. Raises SystemExit naming
+    those that failed.
     """
+    if queued := changes.keys() & queue().keys():
+        dvc("queue", "remove", *queued)
+    if kept := changes.keys() & set(dvc("exp", "list", "--name-only").split()):
+        dvc("exp", "remove", *kept)
     for name, settings in changes.items():
         dvc("exp", "run", "--queue", "-n", name, *(part for setting in settings for part in ("-S", setting)))
-    environment = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
-    dvc("queue", "start", "-j", str(jobs), **environment)
+    environment = os.environ | ({"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {})
+    start = ["dvc", "queue", "start", "-j", str(jobs)]
+    subprocess.run(start, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, check=True)  # the workers would hold a pipe open
     while pending := [name for name, status in queue().items() if name in changes and status not in ("Success", "Failed")]:
         print(f"{len(changes) - len(pending)} of {len(changes)} done", flush=True)
         time.sleep(30)
-    metrics = {
+    if failed := [name for name, status in queue().items() if name in changes and status == "Failed"]:
+        raise SystemExit(f"failed: {', '.join(failed)}; `dvc queue logs NAME` says why")
+    shown = [e for revision in json.loads(dvc("exp", "show", "--json")) for e in revision["experiments"] or []]
+    return {
         e["name"]: {name: value for file in e["revs"][0]["data"]["metrics"].values() for name, value in file["data"].items()}
-        for revision in json.loads(dvc("exp", "show", "--json"))
-        for e in revision["experiments"] or []
-        if e["name"] in changes and e["revs"][0]["data"]
+        for e in shown
+        if e["name"] in changes
     }
-    if missing := changes.keys() - metrics.keys():
-        raise SystemExit(f"no metrics of {', '.join(sorted(missing))}; `dvc queue logs NAME` says why")
-    return metrics
 
 
-def dvc(*arguments: str, **environment: str) -> str:
-    command = ["dvc", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+def dvc(*arguments: str) -> str:
+    return subprocess.run(["dvc", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def queue() -> dict[str, str]:

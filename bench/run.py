@@ -1,8 +1,8 @@
 """`make bench`, or `python bench/run.py [--full] [part …]`: this project beside its peers, measured on this machine.
 
 Parts: throughput, step, growth, evaluations, quality, and of whole runs seeds and ablations, which have no short form. The
-short form of the others takes a quarter of an hour, --full of all some five hours. Each part leaves its figures in bench/results/, and all of those become the tables and plots
-of docs/RESULTS.md. `--report` only does the latter.
+short form of the others takes a quarter of an hour, --full of all some five hours. Each part leaves its figures in
+bench/results/, and all of those become the tables and plots of docs/RESULTS.md. `--report` only does the latter.
 """
 
 import argparse

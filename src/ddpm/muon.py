@@ -38,8 +38,9 @@ def polynomial(gram: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Jordan et al. 2024, with AdamW's size of update and decoupled weight decay (Liu et al. 2025, sec. 2.2).
 
-    A convolution's weight [out, in, h, w] counts as the matrix [out, h·w·in], which is how channels_last holds it. torch.optim.Muon takes no more than two
-    dimensions, and works one matrix at a time in bfloat16, which is slow on processors that don't have it.
+    A convolution's weight [out, in, h, w] counts as the matrix [out, h·w·in], which is how channels_last holds it.
+    torch.optim.Muon takes no more than two dimensions, and works one matrix at a time in bfloat16, which is slow on
+    processors that don't have it.
     """
 
     def __init__(self, parameters: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
