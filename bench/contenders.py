@@ -1,8 +1,9 @@
 """This project and its peers behind one interface: each trains on the same batches and draws samples of given classes.
 
-A peer's model, loss and sampler are its package's own, at the small configuration of its examples. What is equal for all:
-batch size, data in memory, a tenth of the labels dropped where there are classes, an average of the weights as sampler,
-and guidance 1.75, whose two passes a step count as two network evaluations.
+A peer's blocks, loss, noise schedule and sampler are its package's own. What its examples leave to the user is our choice:
+widths that suit 28 × 28 (its examples' where they are for such images), and the learning rate 1e-3, the highest that any of
+its examples has. Equal for all: batch size, data in memory, clipping at norm 1, a tenth of the labels dropped where there
+are classes, an average of the weights as sampler, and guidance 1.75, whose two passes a step count as two evaluations.
 """
 
 import copy
@@ -119,7 +120,7 @@ class Ours(Contender):
 
 
 class Diffusers(Contender):
-    """UNet2DModel with class embeddings, DDPMScheduler's noise, DPMSolverMultistepScheduler's samples."""
+    """UNet2DModel with class embeddings, DDPMScheduler as in its training example, DPMSolverMultistepScheduler's samples."""
 
     name = "diffusers"
 
@@ -127,7 +128,7 @@ class Diffusers(Contender):
         from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
         self.model = unet2d()
-        self.noise = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
+        self.noise = DDPMScheduler(num_train_timesteps=1000)  # linear betas, eps
         self.solver = DPMSolverMultistepScheduler.from_config(self.noise.config, timestep_spacing="trailing")
         self.optimizers = [torch.optim.AdamW(self.model.parameters(), lr=PEER_LEARNING_RATE)]
 
@@ -164,14 +165,14 @@ def unet2d() -> nn.Module:
 
 
 class Lucidrains(Contender):
-    """denoising-diffusion-pytorch: its Unet with classes and guidance (half of the labels dropped, as it does), DDIM."""
+    """denoising-diffusion-pytorch: its Unet with classes and guidance, its cosine schedule, DDIM."""
 
     name = "denoising-diffusion-pytorch"
 
     def __init__(self):
         from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet
 
-        unet = Unet(dim=32, num_classes=len(CLASSES), dim_mults=(1, 2, 4), channels=1)
+        unet = Unet(dim=32, num_classes=len(CLASSES), cond_drop_prob=LABEL_DROPOUT, dim_mults=(1, 2, 4), channels=1)
         self.model = GaussianDiffusion(unet, image_size=28, timesteps=1000, sampling_timesteps=10, ddim_sampling_eta=0.0)
         self.optimizers = [torch.optim.Adam(self.model.parameters(), lr=PEER_LEARNING_RATE, betas=(0.9, 0.99))]
 

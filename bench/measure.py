@@ -24,7 +24,7 @@ PACKAGES = ("torch", "diffusers", "denoising-diffusion-pytorch", "smalldiffusion
 
 def machine() -> dict:
     """What the figures depend on, but for noise."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
     cpu = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine()
     )
@@ -98,7 +98,7 @@ def judge(images: Tensor) -> Callable[[Tensor], float]:
 
 def keep(part: str, result: dict) -> None:
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{part}.json").write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+    (RESULTS / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def table(header: list[str], rows: list[list[object]]) -> str:

@@ -21,13 +21,16 @@ def run(full: bool) -> dict:
     rows = {c.name: {"fid": {}, "classes": c.conditional} for c in contenders}
     for c in contenders:
         c.start(device)
-    for minute in range(1, max(own_minutes) + 1):
-        for c in contenders:
-            train(c, images, labels, TURN)
-            if minute in (own_minutes if isinstance(c, Ours) else peer_minutes):
-                rows[c.name]["fid"][str(minute)] = fid(c.draw(count, EVALUATIONS))
-                rows[c.name]["images_seen"] = c.steps * BATCH
-                print(f"{c.name}, {minute} min, {c.steps} steps: fid {rows[c.name]['fid'][str(minute)]:.4f}", flush=True)
+    try:
+        for minute in range(1, max(own_minutes) + 1):
+            for c in contenders:
+                train(c, images, labels, TURN)
+                if minute in (own_minutes if isinstance(c, Ours) else peer_minutes):
+                    rows[c.name]["fid"][str(minute)] = fid(c.draw(count, EVALUATIONS))
+                    rows[c.name]["images_seen"] = c.steps * BATCH
+                    print(f"{c.name}, {minute} min, {c.steps} steps: fid {rows[c.name]['fid'][str(minute)]:.4f}", flush=True)
+    except KeyboardInterrupt:  # hours are too much to lose
+        print("stopped; what was judged so far is kept")
     return {"samples": count, "evaluations": EVALUATIONS, "batch": BATCH, "rows": rows}
 
 

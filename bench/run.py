@@ -24,7 +24,7 @@ import seeds
 import step
 import throughput
 from contenders import ROOT
-from measure import RESULTS, keep
+from measure import RESULTS, keep, machine
 
 SHORT = {"throughput": throughput, "step": step, "growth": growth, "evaluations": evaluations, "quality": quality}
 PARTS = SHORT | {"seeds": seeds, "ablations": ablations}
@@ -39,19 +39,21 @@ def main() -> None:
     options = parser.parse_args()
     for name in [] if options.report else options.parts or (PARTS if options.full else SHORT):
         print(f"— {name}", flush=True)
-        began = time.monotonic()
-        result = PARTS[name].run(options.full)
+        on, began = machine(), time.monotonic()  # before an edit can change the commit
+        result = {"machine": on} | PARTS[name].run(options.full)
         result |= {"full": options.full, "minutes": round((time.monotonic() - began) / 60, 1)}
         print(PARTS[name].report(result), flush=True)
         if options.full:
             keep(name, result)
-    if options.full or options.report:
+            write_page()
+    if options.report:
         write_page()
 
 
 def write_page() -> None:
     """Put every part's table into its place on the page, and draw its plot."""
-    text = PAGE.read_text()
+    text, pictures = PAGE.read_text(), PAGE.parent / "images"
+    pictures.mkdir(exist_ok=True)
     for name, part in PARTS.items():
         path = RESULTS / f"{name}.json"
         if not path.exists():
@@ -62,7 +64,7 @@ def write_page() -> None:
             figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
             part.plot(result, axes)
             axes.grid(which="both", alpha=0.2)
-            figure.savefig(ROOT / f"docs/images/{name}.png", dpi=110, metadata={"Software": None})
+            figure.savefig(pictures / f"{name}.png", dpi=110, metadata={"Software": None})
             plt.close(figure)
     PAGE.write_text(text)
 
