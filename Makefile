@@ -23,7 +23,8 @@ lint: $(VENV)/.dev  ## style and mistakes
 	ruff check .
 	ruff format --check .
 
-bench: $(VENV)/.dev  ## this project beside its peers, in a quarter of an hour
+bench: $(VENV)/.dev  ## this project beside its peers, in a quarter of an hour (after the default run)
+	dvc repro --quiet
 	python bench/run.py
 
 ui: $(VENV)/.runtime  ## the MLflow UI, at http://127.0.0.1:5000

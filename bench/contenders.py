@@ -68,9 +68,10 @@ class Contender(ABC):
     @torch.no_grad()
     def draw(self, count: int, evaluations: int, batch: int = 125) -> Tensor:
         """uint8 [count, 28, 28] of all classes in turn, checked by `guard`."""
-        torch.manual_seed(SAMPLE_SEED)
         labels = torch.arange(count, device=self.device) % len(CLASSES)
-        return torch.cat([guard(self.name, self.sample(y, evaluations)) for y in labels.split(batch)])
+        with torch.random.fork_rng():  # what training draws next doesn't depend on this
+            torch.manual_seed(SAMPLE_SEED)
+            return torch.cat([guard(self.name, self.sample(y, evaluations)) for y in labels.split(batch)])
 
 
 def guard(name: str, images: Tensor) -> Tensor:
@@ -129,7 +130,11 @@ class Diffusers(Contender):
 
         self.model = unet2d()
         self.noise = DDPMScheduler(num_train_timesteps=1000)  # linear betas, eps
-        self.solver = DPMSolverMultistepScheduler.from_config(self.noise.config, timestep_spacing="trailing")
+        self.solver = DPMSolverMultistepScheduler.from_config(
+            self.noise.config,
+            timestep_spacing="trailing",
+            thresholding=True,  # as it advises for images in pixel space
+        )
         self.optimizers = [torch.optim.AdamW(self.model.parameters(), lr=PEER_LEARNING_RATE)]
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """How cost grows: training rate and memory against batch size and width; the sample stage's memory against its count.
 
-Memory is a process's own peak, so every figure is measured in a process of its own.
+Memory is a process's own peak (Linux's VmHWM; elsewhere it isn't measured), so every figure has a process of its own.
 """
 
 import json
-import resource
+import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,6 @@ from measure import seconds, table
 WIDTHS = ([24, 48], [48, 96], [96, 192], [192, 384])
 BATCHES = (16, 32, 64, 128, 256, 512)
 COUNTS = (1000, 10_000, 50_000)
-KIB = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
 
 
 def train_cost(batch: int, channels: list[int]) -> dict:
@@ -33,7 +33,14 @@ def train_cost(batch: int, channels: list[int]) -> dict:
     contender.step(images, labels)
     times = max(1, 256 // batch)
     taken = min(seconds(lambda: contender.step(images, labels), contender.device, times) for _ in range(3))
-    return {"images_a_second": batch / taken, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB / 2**20}
+    return {"images_a_second": batch / taken, "peak_mib": peak_mib()}
+
+
+def peak_mib() -> float:
+    """Of this process since its start. (Not getrusage's: a process inherits that peak from the one that started it.)"""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), float("nan"))
 
 
 def sample_cost(count: int) -> dict:
@@ -44,8 +51,11 @@ def sample_cost(count: int) -> dict:
         params = yaml.safe_load((ROOT / "params.yaml").read_text())
         params["sample"] |= {"count": count, "steps": 1}
         Path(folder, "params.yaml").write_text(yaml.safe_dump(params))
-        subprocess.run([sys.executable, "src/sample.py"], cwd=folder, capture_output=True, check=True)
-    return {"peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * KIB / 2**20}
+        os.chdir(folder)
+        sys.path.insert(0, "src")
+        sys.argv = ["src/sample.py"]
+        runpy.run_path("src/sample.py", run_name="__main__")
+        return {"peak_mib": peak_mib()}
 
 
 def apart(function: str, *arguments: object) -> dict:

@@ -1,6 +1,7 @@
 """Time to quality: everyone trains from scratch at a constant rate, in turns of a minute, and is judged along the way."""
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -26,9 +27,10 @@ def run(full: bool) -> dict:
             for c in contenders:
                 train(c, images, labels, TURN)
                 if minute in (own_minutes if isinstance(c, Ours) else peer_minutes):
-                    rows[c.name]["fid"][str(minute)] = fid(c.draw(count, EVALUATIONS))
+                    value = judged(c, count, fid)
+                    rows[c.name]["fid"][str(minute)] = value
                     rows[c.name]["images_seen"] = c.steps * BATCH
-                    print(f"{c.name}, {minute} min, {c.steps} steps: fid {rows[c.name]['fid'][str(minute)]:.4f}", flush=True)
+                    print(f"{c.name}, {minute} min, {c.steps} steps: fid {shown(value)}", flush=True)
     except KeyboardInterrupt:  # hours are too much to lose
         print("stopped; what was judged so far is kept")
     return {"samples": count, "evaluations": EVALUATIONS, "batch": BATCH, "rows": rows}
@@ -41,19 +43,36 @@ def train(c: Contender, images: torch.Tensor, labels: torch.Tensor, seconds: flo
         c.step(to_model_range(images[batch]).to(c.device), labels[batch].to(c.device))
 
 
+def judged(c: Contender, count: int, fid: Callable[[torch.Tensor], float]) -> float | None:
+    """The FID of its samples; None, and a line that says why, where the guard finds them to be garbage."""
+    try:
+        return fid(c.draw(count, EVALUATIONS))
+    except SystemExit as garbage:
+        print(garbage, flush=True)
+        return None
+
+
+def shown(value: float | None) -> str:
+    return "garbage" if value is None else f"{value:.3f}"
+
+
 def report(result: dict) -> str:
     minutes = sorted({int(m) for r in result["rows"].values() for m in r["fid"]})
     header = ["", *(f"{m} min" for m in minutes), "images seen"]
     rows = [
-        [name, *(f"{r['fid'][str(m)]:.3f}" if str(m) in r["fid"] else "" for m in minutes), f"{r['images_seen']:,}"]
+        [name, *(shown(r["fid"][str(m)]) if str(m) in r["fid"] else "" for m in minutes), f"{r['images_seen']:,}"]
         for name, r in result["rows"].items()
     ]
-    return table(header, rows) + f"\n\n`fid` of {result['samples']} samples, {result['evaluations']} network evaluations each."
+    note = f"`fid` of {result['samples']} samples, {result['evaluations']} network evaluations each."
+    if any(value is None for r in result["rows"].values() for value in r["fid"].values()):
+        note += " Garbage: more than a twentieth of them were blank, or not numbers."
+    return table(header, rows) + "\n\n" + note
 
 
 def plot(result: dict, axes) -> None:
     for name, r in result["rows"].items():
-        axes.loglog([int(m) for m in r["fid"]], list(r["fid"].values()), marker="o", label=name)
+        known = {int(m): value for m, value in r["fid"].items() if value is not None}
+        axes.loglog(known.keys(), known.values(), marker="o", label=name)
     axes.set_xlabel("minutes of training on two cores")
     axes.set_ylabel(f"FID, {result['samples']} samples")
     axes.set_title("Quality against training time")

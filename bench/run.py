@@ -56,17 +56,24 @@ def write_page() -> None:
     pictures.mkdir(exist_ok=True)
     for name, part in PARTS.items():
         path = RESULTS / f"{name}.json"
-        if not path.exists():
-            continue
-        result = json.loads(path.read_text())
-        text = filled(text, name, f"{part.report(result)}\n\n{provenance(name, result)}")
-        if hasattr(part, "plot"):
+        result = json.loads(path.read_text()) if path.exists() else None
+        text = filled(text, name, section(name, result))
+        if result and hasattr(part, "plot"):
             figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
             part.plot(result, axes)
             axes.grid(which="both", alpha=0.2)
             figure.savefig(pictures / f"{name}.png", dpi=110, metadata={"Software": None})
             plt.close(figure)
     PAGE.write_text(text)
+
+
+def section(name: str, result: dict | None) -> str:
+    """What the page says of a part."""
+    if result is None:
+        return "Not measured yet."
+    part = PARTS[name]
+    picture = [f"![{part.__doc__}](images/{name}.png)"] if hasattr(part, "plot") else []
+    return "\n\n".join([part.report(result), *picture, provenance(name, result)])
 
 
 def provenance(name: str, result: dict) -> str:
