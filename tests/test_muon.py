@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim._muon import _zeropower_via_newtonschulz
 
+from ddpm import muon
 from ddpm.muon import NS_COEFFICIENTS, NS_STEPS, Muon, orthogonalised
 
 
@@ -37,6 +38,28 @@ def test_what_is_far_from_singular_ends_near_orthogonal():
     (x,) = orthogonalised([torch.randn(96, 864, generator=torch.Generator().manual_seed(0))])
     values = torch.linalg.svdvals(x)
     assert values.min() > 0.6 and values.max() < 1.25
+
+
+def test_the_rank_may_be_low():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(96, 5, generator=g) @ torch.randn(5, 432, generator=g)
+    (y,) = orthogonalised([x])
+    values = torch.linalg.svdvals(y)
+    assert values[:5].min() > 0.6 and values[:5].max() < 1.25 and values[5:].max() < 0.02
+
+
+def test_tf32_is_off_for_the_iteration_alone(monkeypatch):
+    seen = []
+    polynomial = muon.polynomial
+    monkeypatch.setattr(muon, "polynomial", lambda gram: seen.append(torch.get_float32_matmul_precision()) or polynomial(gram))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        orthogonalised([torch.randn(4, 8)])
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"highest"} and len(seen) == NS_STEPS
 
 
 def test_pytorch_orthogonalises_alike():
