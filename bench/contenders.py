@@ -40,9 +40,10 @@ class Contender(ABC):
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
 
-    def start(self, device: torch.device) -> None:
+    def start(self, device: torch.device, bfloat16: bool = False) -> None:
         """Put the model on `device` and set up the average of its weights."""
         self.device, self.steps = device, 0
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
         self.model.to(device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
 
@@ -54,8 +55,9 @@ class Contender(ABC):
         """Images [N, 1, 28, 28] in -1 … 1 of the averaged model, with that many network evaluations an image."""
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        loss = self.loss(images, labels)
         self.model.zero_grad()
+        with self.autocast:
+            loss = self.loss(images, labels)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -88,7 +90,9 @@ class Ours(Contender):
     """The default model, or the one of `p`; labels are dropped as in its own training."""
 
     def __init__(self, p: TrainParams | None = None, conditional: bool = True):
-        self.p = p or load_params(ROOT / "params.yaml").train
+        self.p = (p or load_params(ROOT / "params.yaml").train).model_copy(
+            update={"label_dropout": LABEL_DROPOUT if conditional else 1.0}
+        )
         self.conditional = conditional
         self.name = "this project" if conditional else "this project, without classes"
         torch.manual_seed(self.p.seed)
@@ -96,19 +100,15 @@ class Ours(Contender):
         self.optimizers = training.make_optimizers(self.p, self.model)
         self.diffusion = Diffusion(**self.p.diffusion.model_dump())
 
-    def start(self, device: torch.device) -> None:
-        super().start(device)
+    def start(self, device: torch.device, bfloat16: bool = False) -> None:
+        super().start(device, bfloat16)
         self.diffusion.to(device)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         training.set_learning_rate(self.optimizers, self.p.learning_rate * min(1, (self.steps + 1) / self.p.warmup_steps))
-        n = len(images)
-        t = self.diffusion.timesteps_at((torch.arange(n) + torch.rand(n)) / n).to(self.device)
-        dropped = torch.rand(n, device=self.device) < (LABEL_DROPOUT if self.conditional else 1)
-        eps = torch.randn_like(images)
-        x_t = self.diffusion.q_sample(images, t, eps).contiguous(memory_format=torch.channels_last)
-        output = self.model(x_t, t, labels.masked_fill(dropped, NULL_CLASS))
-        return self.diffusion.errors(output, images, t, eps).mean() * self.diffusion.mean_weight
+        p = self.p.model_copy(update={"batch_size": len(images)})
+        _, t, eps, dropped = (x.to(self.device) for x in training.draw(p, self.steps, 1, self.diffusion))
+        return training.batch_loss(self.model, self.diffusion, images, labels, t, eps, dropped)
 
     def sample(self, labels: Tensor, evaluations: int) -> Tensor:
         guidance, steps = (GUIDANCE, evaluations // 2) if self.conditional else (1.0, evaluations)

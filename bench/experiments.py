@@ -7,6 +7,8 @@ import time
 
 from contenders import ROOT
 
+SILENCES = 5  # looks, half a minute apart, at which no worker answers, until they count as dead
+
 
 def run_experiments(changes: dict[str, list[str]], jobs: int) -> dict[str, dict[str, float]]:
     """The metrics of each named experiment, which is the default with its changes (`train.seed=1` …), `jobs` at a time.
@@ -23,7 +25,11 @@ def run_experiments(changes: dict[str, list[str]], jobs: int) -> dict[str, dict[
     environment = os.environ | ({"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {})
     start = ["dvc", "queue", "start", "-j", str(jobs)]
     subprocess.run(start, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, check=True)  # the workers would hold a pipe open
+    silences = 0  # a busy worker may not answer every time
     while pending := [name for name, status in queue().items() if name in changes and status not in ("Success", "Failed")]:
+        silences = 0 if workers() else silences + 1
+        if silences == SILENCES:
+            raise SystemExit(f"DVC's workers are gone, and these are not done: {', '.join(pending)}; see `dvc queue status`")
         print(f"{len(changes) - len(pending)} of {len(changes)} done", flush=True)
         time.sleep(30)
     if failed := [name for name, status in queue().items() if name in changes and status == "Failed"]:
@@ -46,3 +52,11 @@ def queue() -> dict[str, str]:
 
     with Repo(str(ROOT)) as repo:
         return {entry["name"]: entry["status"] for entry in repo.experiments.celery_queue.status()}
+
+
+def workers() -> int:
+    """How many of the queue's workers answer."""
+    from dvc.repo import Repo
+
+    with Repo(str(ROOT)) as repo:
+        return len(repo.experiments.celery_queue.worker_status())

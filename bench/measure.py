@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -16,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from contenders import ROOT
 from ddpm.features import extract, extract_cached, load_classifier
-from ddpm.metrics import fid
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "denoising-diffusion-pytorch", "smalldiffusion", "mlflow", "dvc")
@@ -24,7 +24,9 @@ PACKAGES = ("torch", "diffusers", "denoising-diffusion-pytorch", "smalldiffusion
 
 def machine() -> dict:
     """What the figures depend on, but for noise."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    describe = ["git", "describe", "--always", "--dirty"]
+    has_git = shutil.which("git") is not None  # a machine lent for its GPU may not have it
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() if has_git else "?"
     cpu = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine()
     )
@@ -34,12 +36,12 @@ def machine() -> dict:
         try:
             versions[package] = version(package)
         except ImportError:
-            continue  # a machine lent for its GPU has neither dvc nor mlflow
+            continue  # nor DVC, nor MLflow
     return {
         "processor": ", ".join([f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads", *gpu]),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": commit.stdout.strip(),
+        "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
         "gemm_gflops": round(gemm_rate(torch.device("cpu"))),
     }
@@ -91,6 +93,8 @@ def gflop(work: Callable[[], object]) -> float:
 
 def judge(images: Tensor) -> Callable[[Tensor], float]:
     """What gives the FID of samples, uint8 [N, 28, 28], against the real `images`, by this project's evaluator."""
+    from ddpm.metrics import fid  # what measures speed alone does without torchmetrics
+
     device, classifier = torch.device("cpu"), load_classifier(ROOT / "models/classifier.pth")
     real, _ = extract_cached(classifier, images, device, ROOT / ".cache")
     return lambda samples: fid(extract(classifier, samples, device)[0], real)

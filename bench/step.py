@@ -36,12 +36,11 @@ def breakdown(steps: int) -> dict[str, float]:
     for step in range(steps + 5):
         clock = [time.perf_counter()]
         batch, t, eps, dropped = training.draw(p, step, len(images), diffusion)
-        x0, y = to_model_range(images[batch]), labels[batch].masked_fill(dropped, training.NULL_CLASS)
-        x_t = diffusion.q_sample(x0, t, eps).contiguous(memory_format=torch.channels_last)
-        clock.append(time.perf_counter())
-        loss = diffusion.errors(model(x_t, t, y), x0, t, eps).mean() * diffusion.mean_weight
+        x0, y = to_model_range(images[batch]), labels[batch]
         clock.append(time.perf_counter())
         model.zero_grad()
+        loss = training.batch_loss(model, diffusion, x0, y, t, eps, dropped)
+        clock.append(time.perf_counter())
         loss.backward()
         clock.append(time.perf_counter())
         torch.nn.utils.clip_grad_norm_(weights, p.grad_clip)

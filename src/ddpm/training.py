@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddpm.checkpoint import load_state, save_state
@@ -104,15 +104,12 @@ def train(p: TrainParams, data: Data, device: torch.device, states: Path, log: L
             if device.type == "cuda":  # from pinned memory the copy doesn't wait for the device
                 drawn = [x.pin_memory() for x in drawn]
             batch, t, eps, dropped = (x.to(device, non_blocking=device.type == "cuda") for x in drawn)
-            x0 = to_model_range(data.images[batch])
-            labels = data.labels[batch].masked_fill(dropped, NULL_CLASS)
 
+            model.zero_grad()  # before the forward pass, so that CUDA graphs find their memory free
             if p.model.dropout:
                 torch.manual_seed(generator(p.seed, "dropout", step).initial_seed())
             with autocast:
-                output = network(diffusion.q_sample(x0, t, eps).contiguous(memory_format=torch.channels_last), t, labels)
-            loss = diffusion.errors(output, x0, t, eps).mean() * diffusion.mean_weight
-            model.zero_grad()
+                loss = batch_loss(network, diffusion, to_model_range(data.images[batch]), data.labels[batch], t, eps, dropped)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, p.grad_clip)
             for optimizer in optimizers:
@@ -188,6 +185,15 @@ def draw(p: TrainParams, step: int, images: int, diffusion: Diffusion) -> tuple[
     eps = torch.randn(p.batch_size, 1, 28, 28, generator=g)
     dropped = torch.rand(p.batch_size, generator=g) < p.label_dropout
     return batch, t, eps, dropped
+
+
+def batch_loss(
+    network: nn.Module, diffusion: Diffusion, x0: Tensor, labels: Tensor, t: Tensor, eps: Tensor, dropped: Tensor
+) -> Tensor:
+    """The loss of a step on images float [B, 1, 28, 28] and labels int64 [B], with the rest as `draw` gives it."""
+    x_t = diffusion.q_sample(x0, t, eps).contiguous(memory_format=torch.channels_last)
+    output = network(x_t, t, labels.masked_fill(dropped, NULL_CLASS))
+    return diffusion.errors(output, x0, t, eps).mean() * diffusion.mean_weight
 
 
 def learning_rate(p: TrainParams, step: int) -> float:
