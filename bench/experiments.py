@@ -7,7 +7,8 @@ import time
 
 from contenders import ROOT
 
-SILENCES = 5  # looks, half a minute apart, at which no worker answers, until they count as dead
+POLL_SECONDS = 30
+SILENCES = 5  # looks at which no worker answers, until they count as dead
 
 
 def run_experiments(changes: dict[str, list[str]], jobs: int) -> dict[str, dict[str, float]]:
@@ -31,7 +32,7 @@ def run_experiments(changes: dict[str, list[str]], jobs: int) -> dict[str, dict[
         if silences == SILENCES:
             raise SystemExit(f"DVC's workers are gone, and these are not done: {', '.join(pending)}; see `dvc queue status`")
         print(f"{len(changes) - len(pending)} of {len(changes)} done", flush=True)
-        time.sleep(30)
+        time.sleep(POLL_SECONDS)
     if failed := [name for name, status in queue().items() if name in changes and status == "Failed"]:
         raise SystemExit(f"failed: {', '.join(failed)}; `dvc queue logs NAME` says why")
     shown = [e for revision in json.loads(dvc("exp", "show", "--json")) for e in revision["experiments"] or []]
