@@ -1,9 +1,9 @@
-"""This project and its peers behind one interface: each trains on the same batches and draws samples of given classes.
+"""This project and its peers behind one interface: each trains on batches that it is given and draws samples of given classes.
 
 A peer's blocks, loss, noise schedule and sampler are its package's own. What its examples leave to the user is our choice:
-widths that suit 28 × 28 (its examples' where they are for such images), and the learning rate 1e-3, the highest that any of
-its examples has. Equal for all: batch size, data in memory, clipping at norm 1, a tenth of the labels dropped where there
-are classes, an average of the weights as sampler, and guidance 1.75, whose two passes a step count as two evaluations.
+widths that suit 28 × 28 (its examples' where they are for such images), and the learning rate, 1e-3 (rates.py says why).
+Equal for all: batch size, data in memory, warm-up over 100 steps, clipping at norm 1, a tenth of the labels dropped where
+there are classes, an average of the weights as sampler, and guidance 1.75, whose two passes a step count as two evaluations.
 """
 
 import copy
@@ -27,7 +27,7 @@ from ddpm.unet import UNet  # noqa: E402
 
 NULL_CLASS = len(CLASSES)
 LABEL_DROPOUT, GUIDANCE = 0.1, 1.75
-PEER_LEARNING_RATE = 1e-3
+WARMUP = 100
 SAMPLE_SEED = 1
 SHAPE = (1, 28, 28)
 
@@ -39,6 +39,7 @@ class Contender(ABC):
     conditional = True
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
+    learning_rate = 1e-3
 
     def start(self, device: torch.device, bfloat16: bool = False) -> None:
         """Put the model on `device` and set up the average of its weights."""
@@ -55,6 +56,7 @@ class Contender(ABC):
         """Images [N, 1, 28, 28] in -1 … 1 of the averaged model, with that many network evaluations an image."""
 
     def step(self, images: Tensor, labels: Tensor) -> None:
+        training.set_learning_rate(self.optimizers, self.learning_rate * min(1, (self.steps + 1) / WARMUP))
         self.model.zero_grad()
         with self.autocast:
             loss = self.loss(images, labels)
@@ -93,7 +95,7 @@ class Ours(Contender):
         self.p = (p or load_params(ROOT / "params.yaml").train).model_copy(
             update={"label_dropout": LABEL_DROPOUT if conditional else 1.0}
         )
-        self.conditional = conditional
+        self.conditional, self.learning_rate = conditional, self.p.learning_rate
         self.name = "this project" if conditional else "this project, without classes"
         torch.manual_seed(self.p.seed)
         self.model = UNet(**self.p.model.model_dump()).to(memory_format=torch.channels_last)
@@ -105,7 +107,6 @@ class Ours(Contender):
         self.diffusion.to(device)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        training.set_learning_rate(self.optimizers, self.p.learning_rate * min(1, (self.steps + 1) / self.p.warmup_steps))
         p = self.p.model_copy(update={"batch_size": len(images)})
         _, t, eps, dropped = (x.to(self.device) for x in training.draw(p, self.steps, 1, self.diffusion))
         return training.batch_loss(self.model, self.diffusion, images, labels, t, eps, dropped)
@@ -135,7 +136,7 @@ class Diffusers(Contender):
             timestep_spacing="trailing",
             thresholding=True,  # as it advises for images in pixel space
         )
-        self.optimizers = [torch.optim.AdamW(self.model.parameters(), lr=PEER_LEARNING_RATE)]
+        self.optimizers = [torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate)]
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         t = torch.randint(1000, (len(images),), device=self.device)
@@ -179,7 +180,7 @@ class Lucidrains(Contender):
 
         unet = Unet(dim=32, num_classes=len(CLASSES), cond_drop_prob=LABEL_DROPOUT, dim_mults=(1, 2, 4), channels=1)
         self.model = GaussianDiffusion(unet, image_size=28, timesteps=1000, sampling_timesteps=10, ddim_sampling_eta=0.0)
-        self.optimizers = [torch.optim.Adam(self.model.parameters(), lr=PEER_LEARNING_RATE, betas=(0.9, 0.99))]
+        self.optimizers = [torch.optim.Adam(self.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.99))]
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         return self.model((images + 1) / 2, classes=labels)
@@ -203,7 +204,7 @@ class SmallDiffusion(Contender):
         )  # fmt: skip
         self.schedule = ScheduleDDPM(beta_start=0.0001, beta_end=0.02, N=1000)
         trained = [w for w in self.model.parameters() if w.requires_grad]  # the positions are fixed
-        self.optimizers = [torch.optim.AdamW(trained, lr=PEER_LEARNING_RATE)]
+        self.optimizers = [torch.optim.AdamW(trained, lr=self.learning_rate)]
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         from smalldiffusion.diffusion import generate_train_sample

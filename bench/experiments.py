@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Iterable
 
 from contenders import ROOT
 
@@ -17,6 +18,7 @@ def run_experiments(changes: dict[str, list[str]], jobs: int) -> dict[str, dict[
     A job has an equal share of the processor's cores. Experiments of the same names are replaced. Raises SystemExit naming
     those that failed.
     """
+    base = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     if queued := changes.keys() & queue().keys():
         dvc("queue", "remove", *queued)
     if kept := changes.keys() & set(dvc("exp", "list", "--name-only").split()):
@@ -27,7 +29,7 @@ def run_experiments(changes: dict[str, list[str]], jobs: int) -> dict[str, dict[
     start = ["dvc", "queue", "start", "-j", str(jobs)]
     subprocess.run(start, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, check=True)  # the workers would hold a pipe open
     silences = 0  # a busy worker may not answer every time
-    while pending := [name for name, status in queue().items() if name in changes and status not in ("Success", "Failed")]:
+    while pending := unfinished(changes):
         silences = 0 if workers() else silences + 1
         if silences == SILENCES:
             raise SystemExit(f"DVC's workers are gone, and these are not done: {', '.join(pending)}; see `dvc queue status`")
@@ -35,12 +37,18 @@ def run_experiments(changes: dict[str, list[str]], jobs: int) -> dict[str, dict[
         time.sleep(POLL_SECONDS)
     if failed := [name for name, status in queue().items() if name in changes and status == "Failed"]:
         raise SystemExit(f"failed: {', '.join(failed)}; `dvc queue logs NAME` says why")
-    shown = [e for revision in json.loads(dvc("exp", "show", "--json")) for e in revision["experiments"] or []]
+    shown = [e for revision in json.loads(dvc("exp", "show", "--json", "--rev", base)) for e in revision["experiments"] or []]
     return {
         e["name"]: {name: value for file in e["revs"][0]["data"]["metrics"].values() for name, value in file["data"].items()}
         for e in shown
         if e["name"] in changes
     }
+
+
+def unfinished(names: Iterable[str]) -> list[str]:
+    """Those that have not ended. (One that a worker is just taking is on no list of the queue.)"""
+    status = queue()
+    return [name for name in names if status.get(name) not in ("Success", "Failed")]
 
 
 def dvc(*arguments: str) -> str:

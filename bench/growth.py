@@ -3,9 +3,8 @@
 Memory is a process's own peak (Linux's VmHWM; elsewhere it isn't measured), so every figure has a process of its own.
 """
 
-import json
 import os
-import runpy
+import re
 import shutil
 import subprocess
 import sys
@@ -24,54 +23,58 @@ BATCHES = (16, 32, 64, 128, 256, 512)
 COUNTS = (1000, 10_000, 50_000)
 
 
-def train_cost(batch: int, channels: list[int]) -> dict:
-    """Images/s and peak memory of training, in this process."""
+def train_rate(batch: int, channels: list[int]) -> float:
+    """Images/s of training steps, the best of three rounds."""
     p = load_params(ROOT / "params.yaml").train
-    contender = Ours(p.model_copy(update={"model": p.model.model_copy(update={"channels": channels})}))
+    p = p.model_copy(update={"batch_size": batch, "model": p.model.model_copy(update={"channels": channels})})
+    contender = Ours(p)
     contender.start(torch.device("cpu"))
     images, labels = torch.rand(batch, *SHAPE) * 2 - 1, torch.randint(NULL_CLASS, (batch,))
     contender.step(images, labels)
     times = max(1, 256 // batch)
-    taken = min(seconds(lambda: contender.step(images, labels), contender.device, times) for _ in range(3))
-    return {"images_a_second": batch / taken, "peak_mib": peak_mib()}
+    return batch / min(seconds(lambda: contender.step(images, labels), contender.device, times) for _ in range(3))
 
 
-def peak_mib() -> float:
-    """Of this process since its start. (Not getrusage's: a process inherits that peak from the one that started it.)"""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), float("nan"))
+def train_cost(batch: int, channels: list[int]) -> dict:
+    said, peak = apart(f"import growth; print(growth.train_rate({batch}, {channels}))", Path(__file__).parent)
+    return {"images_a_second": float(said), "peak_mib": peak}
 
 
 def sample_cost(count: int) -> dict:
-    """Peak memory of the sample stage drawing `count` images in one denoising step each."""
+    """Peak memory of the sample stage drawing `count` images in one denoising step each, in a copy of the repository."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("src", "models"):
             shutil.copytree(ROOT / name, Path(folder, name))
         params = yaml.safe_load((ROOT / "params.yaml").read_text())
         params["sample"] |= {"count": count, "steps": 1}
+        params["runtime"] |= {"device": "cpu"}
         Path(folder, "params.yaml").write_text(yaml.safe_dump(params))
-        os.chdir(folder)
-        sys.path.insert(0, "src")
-        sys.argv = ["src/sample.py"]
-        runpy.run_path("src/sample.py", run_name="__main__")
-        return {"peak_mib": peak_mib()}
+        stage = "import runpy, sys; sys.path.insert(0, 'src'); runpy.run_path('src/sample.py', run_name='__main__')"
+        return {"peak_mib": apart(stage, Path(folder))[1]}
 
 
-def apart(function: str, *arguments: object) -> dict:
-    """The result of a function of this file, called in a new process."""
-    code = f"import json, growth; print(json.dumps(growth.{function}(*{arguments!r})))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def apart(code: str, folder: Path) -> tuple[str, float]:
+    """What Python code prints in a process of its own, and its peak memory in MiB.
+
+    (Not getrusage's: a process inherits that peak from the one that started it.)
+    """
+    code += "; import pathlib; p = pathlib.Path('/proc/self/status'); print('#status', p.read_text() if p.exists() else '')"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    said, status = done.stdout.split("#status")
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return said, int(peak[1]) / 1024 if peak else float("nan")
 
 
 def run(full: bool) -> dict:
     batches, widths, counts = (BATCHES, WIDTHS, COUNTS) if full else (BATCHES[1:5:2], WIDTHS[:2], COUNTS[:2])
     default = load_params(ROOT / "params.yaml").train
     return {
-        "batch": {str(b): apart("train_cost", b, default.model.channels) for b in batches},
-        "width": {str(w): apart("train_cost", default.batch_size, w) for w in widths},
-        "samples": {str(n): apart("sample_cost", n) for n in counts},
+        "batch": {str(b): train_cost(b, default.model.channels) for b in batches},
+        "width": {str(w): train_cost(default.batch_size, w) for w in widths},
+        "samples": {str(n): sample_cost(n) for n in counts},
     }
 
 

@@ -53,7 +53,7 @@ def _lines(path: str) -> list[str]:
 
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def seconds(work: Callable[[], object], device: torch.device, times: int = 1) -> float:

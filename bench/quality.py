@@ -19,17 +19,17 @@ def run(full: bool) -> dict:
     images, labels = load_split(ROOT / "data/FashionMNIST/raw", "train")
     fid = judge(images)
     contenders: list[Contender] = [Ours(), Ours(conditional=False), *(peer() for peer in PEERS)]
-    rows = {c.name: {"fid": {}, "classes": c.conditional} for c in contenders}
+    rows = {c.name: {"fid": {}, "images_seen": 0, "classes": c.conditional} for c in contenders}
     for c in contenders:
         c.start(device)
     try:
         for minute in range(1, max(own_minutes) + 1):
             for c in contenders:
                 train(c, images, labels, TURN)
+                rows[c.name]["images_seen"] = c.steps * BATCH
                 if minute in (own_minutes if isinstance(c, Ours) else peer_minutes):
                     value = judged(c, count, fid)
                     rows[c.name]["fid"][str(minute)] = value
-                    rows[c.name]["images_seen"] = c.steps * BATCH
                     print(f"{c.name}, {minute} min, {c.steps} steps: fid {shown(value)}", flush=True)
     except KeyboardInterrupt:  # hours are too much to lose
         print("stopped; what was judged so far is kept")

@@ -1,6 +1,6 @@
 """`make bench`, or `python bench/run.py [--full] [part …]`: this project beside its peers, measured on this machine.
 
-Parts: throughput, step, growth, evaluations, quality, and of whole runs seeds and ablations, which have no short form. The
+Parts: throughput, step, growth, evaluations, quality, and rates, seeds and ablations, which have no short form. The
 short form of the others takes a quarter of an hour, --full of all some five hours. Each part leaves its figures in
 bench/results/, and all of those become the tables and plots of docs/RESULTS.md. `--report` only does the latter.
 """
@@ -20,6 +20,7 @@ import ablations
 import evaluations
 import growth
 import quality
+import rates
 import seeds
 import step
 import throughput
@@ -27,7 +28,7 @@ from contenders import ROOT
 from measure import RESULTS, keep, machine
 
 SHORT = {"throughput": throughput, "step": step, "growth": growth, "evaluations": evaluations, "quality": quality}
-PARTS = SHORT | {"seeds": seeds, "ablations": ablations}
+PARTS = SHORT | {"rates": rates, "seeds": seeds, "ablations": ablations}
 PAGE = ROOT / "docs/RESULTS.md"
 
 
