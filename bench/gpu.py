@@ -1,11 +1,12 @@
-"""`python bench/gpu.py`: what a GPU makes of this project and its peers, in one command of six minutes or so.
+"""`python bench/gpu.py`: what a GPU makes of this project and its peers, in one command.
 
-Its table comes last. It needs data/FashionMNIST/raw, and neither DVC nor MLflow (a training keeps its journal). The default
-pipeline runs twice, in a copy of the repository, to compare bytes. (For the large model: `python src/preset.py h100`, then
-src/train.py, sample.py and evaluate.py. A training that is stopped goes on when it is started again.)
+Its table comes last. It needs data/FashionMNIST/raw, and of requirements.txt neither DVC nor MLflow (a training keeps its
+journal). The default pipeline runs twice, in copies of the repository, to compare bytes. (For the large model: `python
+src/preset.py h100`, then src/train.py, sample.py and evaluate.py. A training that is stopped goes on when started again.)
 """
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,10 +25,10 @@ from torch.utils._pytree import tree_leaves
 from contenders import NULL_CLASS, PEERS, ROOT, SHAPE, Contender, Ours
 from ddpm import training
 from ddpm.data import RAW, load_split, to_model_range
-from ddpm.device import select_device
+from ddpm.device import can_compile, select_device
 from ddpm.files import file_sha256
 from ddpm.params import clean_errors, load_params
-from measure import gemm_rate, gflop, machine, seconds, table
+from measure import gemm_rate, gflop, seconds, table
 
 BATCH, STEPS = 512, 300
 MATRIX = 8192  # the side of the matrices that measure the rate
@@ -35,21 +37,22 @@ DENSE = {aten.convolution, aten.convolution_backward, aten.mm, aten.addmm, aten.
 
 
 def main() -> None:
-    device = select_device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
+    name = sys.argv[1] if len(sys.argv) > 1 else "cuda"
+    device = select_device(name)
     data = training.Data(*(x.to(device) for split in ("train", "test") for x in load_split(ROOT / RAW, split)))
     rows: list[list[str]] = []
 
-    def add(name: str, value: str) -> None:
-        rows.append([name, value])
-        print(f"{name}: {value}", flush=True)
+    def add(what: str, value: str) -> None:
+        rows.append([what, value])
+        print(f"{what}: {value}", flush=True)
 
-    add("machine", machine()["processor"])
     matrix, memory = gemm_rate(device, torch.bfloat16, MATRIX), memory_rate(device)
     add("bf16 matrix rate", f"{matrix / 1000:.1f} TFLOP/s")
     add("memory rate", f"{memory:.0f} GB/s")
     training_rates(device, data, matrix, memory, add)
-    default_run(add)
-    print(table(["", f"bf16, batch {BATCH} where none is said"], rows))
+    default_run(name, add)
+    model = torch.cuda.get_device_name(device) if device.type == "cuda" else "the processor"
+    print(table([f"{model}, PyTorch {torch.__version__}", f"training in bf16, batch {BATCH}"], rows))
 
 
 def memory_rate(device: torch.device) -> float:
@@ -59,24 +62,26 @@ def memory_rate(device: torch.device) -> float:
 
 
 def training_rates(device: torch.device, data: training.Data, matrix: float, memory: float, add: Callable) -> None:
-    """This project's own loop, each peer's own, and each peer's model compiled, channels_last, on data in device memory."""
+    """This project's own loop beside each peer's model, eager on batches from the host, and helped as this project's is."""
     ours = own_rate(device, data)
     add("this project: training", f"{ours:,.0f} images/s")
     work, traffic = cost_of_an_image(device)
-    bound = max(work / matrix, traffic / memory)
-    by = "matrix" if work / matrix > traffic / memory else "memory"
-    add(f"this project: share of the {by} rate, which bounds it", f"{ours * bound:.0%}")
+    add("this project: share of the matrix rate", f"{ours * work / matrix:.1%}, of {work:.3f} GFLOP an image")
+    add(
+        "this project: share of the memory rate",
+        f"{ours * traffic / memory:.1%}, of {1000 * traffic:.1f} MB an image, were there no caches",
+    )
     for peer in PEERS:
-        for loop, helped in (("its own loop", False), ("compiled, our data path", True)):
+        for how, helped in (("eager, data on the host", False), ("compiled, channels_last, data on the device", True)):
             try:
                 rate = peer_rate(peer(), device, data, helped)
             except ImportError:
                 add(peer.name, "not installed here")
                 break
             except Exception as error:  # what a compiler makes of somebody else's model
-                add(f"{peer.name}: {loop}", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}")
+                add(f"{peer.name}: {how}", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}")
                 continue
-            add(f"{peer.name}: {loop}", f"{rate:,.0f} images/s; this project's are {ours / rate:.2f} times as many")
+            add(f"{peer.name}: {how}", f"{rate:,.0f} images/s; this project's are {ours / rate:.2f} times as many")
 
 
 def own_rate(device: torch.device, data: training.Data) -> float:
@@ -91,16 +96,16 @@ def own_rate(device: torch.device, data: training.Data) -> float:
         def preview(self, step: int, images: Tensor) -> None: ...
 
     with tempfile.TemporaryDirectory() as folder:
-        training.train(p, data, device, Path(folder), rates := Rates(), compile_model=device.type == "cuda")
+        training.train(p, data, device, Path(folder), rates := Rates(), compile_model=can_compile(device))
     return statistics.median(rates[len(rates) // 3 :])
 
 
 def peer_rate(peer: Contender, device: torch.device, data: training.Data, helped: bool) -> float:
-    """Images/s of its steps; its own loop takes its batches from the host's memory."""
+    """Images/s of its steps; `helped`: as this project's own, compiled, channels_last, and with the data on the device."""
     if helped:
         peer.model.to(memory_format=torch.channels_last)
     peer.start(device, bfloat16=True)
-    if helped:
+    if helped and can_compile(device):
         peer.model.compile(mode="reduce-overhead")
     images, labels = (data.images, data.labels) if helped else (data.images.cpu(), data.labels.cpu())
 
@@ -122,7 +127,7 @@ def cost_of_an_image(device: torch.device) -> tuple[float, float]:
 
     The traffic is what matrix products and convolutions read and write, as if all else were fused into them.
     """
-    ours, n = Ours(), 64
+    ours, n = Ours(), BATCH
     ours.start(device, bfloat16=True)
     images, labels = torch.rand(n, *SHAPE, device=device) * 2 - 1, torch.randint(NULL_CLASS, (n,), device=device)
 
@@ -149,28 +154,31 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-def default_run(add: Callable) -> None:
-    """The default parameters from the first step to the finished grid, in a copy of the repository, twice."""
+def default_run(device: str, add: Callable) -> None:
+    """The default parameters from the first step to the finished grid, in a copy of the repository, twice from nothing."""
     outputs = ("models/diffusion_model.pth", "output/samples.npz", "output/metrics/evaluate.json")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
     digests = []
-    with tempfile.TemporaryDirectory() as folder:
-        here = Path(folder)
-        for name in ("src", "data", "models", "params.yaml"):
-            (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, here / name)
-        for run in ("first", "second"):
-            times = []
+    for run in ("first", "second"):
+        with tempfile.TemporaryDirectory() as folder:
+            here = Path(folder)
+            for name in ("src", "data", "models"):
+                shutil.copytree(ROOT / name, here / name)
+            params = yaml.safe_load((ROOT / "params.yaml").read_text())
+            params["runtime"] |= {"device": device}
+            (here / "params.yaml").write_text(yaml.safe_dump(params))
+            environment |= {"TORCHINDUCTOR_CACHE_DIR": str(here / "inductor"), "TRITON_CACHE_DIR": str(here / "triton")}
+            spent = []
             for stage in ("train", "sample", "evaluate"):
-                began = time.monotonic()
-                done = subprocess.run([sys.executable, f"src/{stage}.py"], cwd=here, capture_output=True, text=True, check=False)
+                began, command = time.monotonic(), [sys.executable, f"src/{stage}.py"]
+                done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
                 if done.returncode:
-                    sys.exit(f"{stage}: {done.stderr[-2000:]}")
-                times.append(time.monotonic() - began)
+                    add(f"default parameters, {run} run", f"{stage} failed: {(done.stderr.splitlines() or [''])[-1]}")
+                    return
+                spent.append(f"{stage} {time.monotonic() - began:.1f} s")
+            add(f"default parameters, {run} run", f"{', '.join(spent)}, with imports and compilation")
             digests.append([file_sha256(here / path) for path in outputs])
-            spent = ", ".join(
-                f"{stage} {t:.1f} s" for stage, t in zip(("training", "sampling", "evaluation"), times, strict=True)
-            )
-            add(f"default parameters, {run} run", f"{spent}, with imports and compilation")
-        metrics = json.loads((here / outputs[-1]).read_text())
+            metrics = json.loads((here / outputs[-1]).read_text())
     add("default parameters: fid", f"{metrics['fid']:.4f}, {metrics['fid'] / metrics['fid_floor']:.1f} times the floor")
     add("default parameters: the same bytes in both runs", "yes" if digests[0] == digests[1] else "no")
 

@@ -9,7 +9,6 @@ import json
 import shutil
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from ddpm import tracking
 from ddpm.checkpoint import save_model
 from ddpm.data import CLASSES, FILES, RAW, load_split
-from ddpm.device import select_device
+from ddpm.device import can_compile, select_device
 from ddpm.figures import save_png, sheet
 from ddpm.files import file_sha256, write_atomic
 from ddpm.params import Params, clean_errors, load_params, project_root
@@ -50,9 +49,7 @@ def main() -> None:
     if warning := terminal_warning(p.diffusion.schedule, p.diffusion.timesteps):
         print(f"warning: train.diffusion: {warning}", file=sys.stderr)
     data = Data(*(x.to(device) for split in ("train", "test") for x in load_split(RAW, split)))
-    compile_model = params.runtime.compile
-    if compile_model == "auto":  # where there is a GPU, and the compiler that torch.compile needs for it
-        compile_model = device.type == "cuda" and find_spec("triton") is not None
+    compile_model = can_compile(device) if params.runtime.compile == "auto" else params.runtime.compile
 
     root = project_root()
     name = fingerprint(p, [*imported_source(), *(RAW / file for file in FILES)])

@@ -1,6 +1,7 @@
 """Which processor the work runs on, set up to give the same bytes every time."""
 
 import os
+from importlib.util import find_spec
 
 import torch
 
@@ -30,3 +31,8 @@ def select_device(name: str, tf32: bool = True) -> torch.device:
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("runtime.device: 'mps', but PyTorch sees no Apple GPU here; use auto or cpu")
     return torch.device(name)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether compiling pays there and can be done: on CUDA, with the compiler that torch.compile needs for it."""
+    return device.type == "cuda" and find_spec("triton") is not None
