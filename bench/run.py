@@ -2,14 +2,15 @@
 
 Parts: throughput, step, growth, evaluations, quality, and rates, seeds and ablations, which have no short form. The
 short form of the others takes a quarter of an hour, --full of all some five hours. Each part leaves its figures in
-bench/results/, and all of those become the tables and plots of docs/RESULTS.md. `--report` only does the latter.
+bench/results/, and all of those become the tables and plots of docs/RESULTS.md and the README. `--report` only does the latter.
 """
 
 import argparse
 import json
+import os
 import re
-import sys
 import time
+from pathlib import Path
 
 import matplotlib
 
@@ -29,7 +30,8 @@ from measure import RESULTS, keep, machine
 
 SHORT = {"throughput": throughput, "step": step, "growth": growth, "evaluations": evaluations, "quality": quality}
 PARTS = SHORT | {"rates": rates, "seeds": seeds, "ablations": ablations}
-PAGE = ROOT / "docs/RESULTS.md"
+PAGE, README = ROOT / "docs/RESULTS.md", ROOT / "README.md"  # all parts, and some of them
+PICTURES = ROOT / "docs/images"
 
 
 def main() -> None:
@@ -46,34 +48,40 @@ def main() -> None:
         print(PARTS[name].report(result), flush=True)
         if options.full:
             keep(name, result)
-            write_page()
+            write_pages()
     if options.report:
-        write_page()
+        write_pages()
 
 
-def write_page() -> None:
-    """Put every part's table into its place on the page, and draw its plot."""
-    text, pictures = PAGE.read_text(), PAGE.parent / "images"
-    pictures.mkdir(exist_ok=True)
+def write_pages() -> None:
+    """Put every part's table into its places, and draw its plot."""
+    PICTURES.mkdir(exist_ok=True)
     for name, part in PARTS.items():
         path = RESULTS / f"{name}.json"
         result = json.loads(path.read_text()) if path.exists() else None
-        text = filled(text, name, section(name, result))
         if result and hasattr(part, "plot"):
             figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
             part.plot(result, axes)
             axes.grid(which="both", alpha=0.2)
-            figure.savefig(pictures / f"{name}.png", dpi=110, metadata={"Software": None})
+            figure.savefig(PICTURES / f"{name}.png", dpi=110, metadata={"Software": None})
             plt.close(figure)
-    PAGE.write_text(text)
+        for page in (PAGE, README):
+            page.write_text(filled(page, name, result))
 
 
-def section(name: str, result: dict | None) -> str:
-    """What the page says of a part."""
+def filled(page: Path, name: str, result: dict | None) -> str:
+    """The page's text with what it says of a part between that part's markers, where it has them."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    content = section(name, result, os.path.relpath(PICTURES, page.parent))
+    return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{content}\n{end}", page.read_text(), flags=re.S)
+
+
+def section(name: str, result: dict | None, pictures: str) -> str:
+    """What a page says of a part."""
     if result is None:
         return "Not measured yet."
     part = PARTS[name]
-    picture = [f"![{part.__doc__}](images/{name}.png)"] if hasattr(part, "plot") else []
+    picture = [f"![{part.__doc__}]({pictures}/{name}.png)"] if hasattr(part, "plot") else []
     return "\n\n".join([part.report(result), *picture, provenance(name, result)])
 
 
@@ -82,14 +90,6 @@ def provenance(name: str, result: dict) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in m["versions"].items())
     command = f"`python bench/run.py --full {name}`, {result['minutes']} minutes"
     return f"<sub>{command}, {m['date']}, commit {m['commit']}; {m['processor']}; Python {m['python']}, {versions}.</sub>"
-
-
-def filled(text: str, name: str, content: str) -> str:
-    """`text` with `content` between the markers of `name`."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if begin not in text:
-        sys.exit(f"{PAGE}: has no place for {name} ({begin} … {end})")
-    return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.S)
 
 
 if __name__ == "__main__":

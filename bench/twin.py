@@ -9,9 +9,12 @@ from ddpm.unet import Attention, ResBlock, timestep_embedding
 
 
 class Twin(nn.Module):
-    """UNet2DModel(block_out_channels=(32, 64, 128)) with attention at all levels but the first; see `contenders.unet2d`."""
+    """UNet2DModel(block_out_channels=(32, 64, 128)) with attention at all levels but the first; see `contenders.unet2d`.
 
-    def __init__(self, channels: tuple[int, ...] = (32, 64, 128), layers: int = 2, head_width: int = 8, groups: int = 32):
+    Its groups and heads of 8 channels by default; neither changes a weight's shape, nor the number of operations.
+    """
+
+    def __init__(self, channels: tuple[int, ...] = (32, 64, 128), layers: int = 2, groups: int = 32, heads: int | None = None):
         super().__init__()
         embedding = 4 * channels[0]
         self.width = channels[0]
@@ -20,7 +23,7 @@ class Twin(nn.Module):
         self.stem = nn.Conv2d(1, channels[0], 3, padding=1)
 
         def block(channels_in: int, channels_out: int, attend: bool) -> nn.ModuleList:
-            attention = Attention(channels_out, channels_out // head_width, groups) if attend else nn.Identity()
+            attention = Attention(channels_out, heads or channels_out // 8, groups) if attend else nn.Identity()
             return nn.ModuleList([ResBlock(channels_in, channels_out, embedding, 0.0, groups), attention])
 
         self.down, self.up = nn.ModuleList(), nn.ModuleList()

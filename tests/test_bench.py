@@ -10,7 +10,7 @@ import torch
 import quality
 from contenders import NULL_CLASS, PEERS, SHAPE, Contender, Ours, guard, unet2d
 from measure import gflop
-from run import PAGE, PARTS, RESULTS, filled, section
+from run import PAGE, PARTS, README, RESULTS, filled
 from twin import Twin
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,18 +88,25 @@ def test_garbage_is_no_figure(monkeypatch):
 MEASURED = sorted(path.stem for path in RESULTS.glob("*.json"))
 
 
+@pytest.mark.parametrize("page", [PAGE, README])
 @pytest.mark.parametrize("part", PARTS)
-def test_the_page_holds_the_figures_that_were_measured(part):
+def test_the_pages_hold_the_figures_that_were_measured(part, page):
     path = RESULTS / f"{part}.json"
     result = json.loads(path.read_text()) if path.exists() else None
-    text = PAGE.read_text()
-    assert filled(text, part, section(part, result)) == text
+    assert filled(page, part, result) == page.read_text()
     assert result is None or result["full"]
 
 
-def test_the_page_shows_what_was_measured_and_nothing_else():
+def test_a_page_has_places_for_parts_alone_and_shows_the_pictures_that_are_there():
     assert MEASURED and set(MEASURED) <= set(PARTS)
-    text = PAGE.read_text()
-    assert sorted(re.findall(r"<!-- (\w+) -->", text)) == sorted(PARTS)
-    shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
-    assert [path for path in shown if not (PAGE.parent / path).exists()] == []
+    for page, places in ((PAGE, sorted(PARTS)), (README, ["quality", "throughput"])):
+        text = page.read_text()
+        assert sorted(re.findall(r"<!-- (\w+) -->", text)) == places
+        assert [path for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) if not (page.parent / path).exists()] == []
+
+
+def test_a_part_takes_its_place_and_leaves_the_rest(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- rates -->\nold\n<!-- /rates -->\nafter\n")
+    assert filled(page, "rates", None) == "before\n<!-- rates -->\nNot measured yet.\n<!-- /rates -->\nafter\n"
+    assert filled(page, "step", None) == page.read_text()
