@@ -43,7 +43,7 @@ def main() -> None:
         "sample", params.model_dump(), project_root(), checkpoint_sha256=file_sha256(MODEL), device=str(device)
     ) as run:
         began = time.monotonic()
-        images, history = [], []
+        images, history = torch.empty(p.count, 28, 28, dtype=torch.uint8), []
         with tqdm(total=p.count * p.steps, unit=" steps", unit_scale=True, desc="sample", dynamic_ncols=True) as bar:
             for first in range(0, p.count, BATCH):
                 y = labels[first : first + BATCH].to(device)
@@ -55,8 +55,8 @@ def main() -> None:
                     if first == 0:
                         history.append(to_uint8(x[: len(CLASSES)]).cpu())
                     bar.update(len(y))
-                images.append(to_uint8(x).cpu())
-        images, seconds = torch.cat(images), time.monotonic() - began
+                images[first : first + len(y)] = to_uint8(x)
+        seconds = time.monotonic() - began
 
         start = ImageNoise(p.seed, 0, len(history[0]), (1, 28, 28), torch.device("cpu"))()  # as the first batch drew it
         write_outputs(images, labels, classes, [to_uint8(start), *history])
