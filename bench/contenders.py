@@ -1,9 +1,10 @@
 """This project and its peers behind one interface: each trains on batches that it is given and draws samples of given classes.
 
-A peer's blocks, loss, noise schedule and sampler are its package's own. What its examples leave to the user is our choice:
-widths that suit 28 × 28 (its examples' where they are for such images), and the learning rate, 1e-3 (rates.py says why).
-Equal for all: batch size, data in memory, warm-up over 100 steps, clipping at norm 1, a tenth of the labels dropped where
-there are classes, an average of the weights as sampler, and guidance 1.75, whose two passes a step count as two evaluations.
+A peer's blocks, loss, noise schedule, sampler and form of guidance are its package's own. What its examples leave to the user
+is our choice: widths that suit 28 × 28 (its examples' where they are for such images), and the learning rate, 1e-3 (their
+examples have 1e-4 to 1e-3 for hours of training; rates.py tries others). Equal for all: batch size, data in memory, warm-up
+over 100 steps, clipping at norm 1, a tenth of the labels dropped where there are classes, samples from an average of the
+weights, and guidance by a scale of 1.75, which was chosen for this project, and whose two passes a step count as two evaluations.
 """
 
 import copy
@@ -156,7 +157,11 @@ class Diffusers(Contender):
 
 
 def unet2d() -> nn.Module:
-    """diffusers' UNet2DModel at three levels of 28×28, otherwise its defaults: attention at all levels but the first."""
+    """diffusers' UNet2DModel at three levels of 28×28, otherwise its defaults: attention at all levels but the first.
+
+    Its default of 32 groups suits its default of 224 channels. At 32 channels every channel would be normalised alone, which
+    undoes what a block adds to say the timestep and the class.
+    """
     from diffusers import UNet2DModel
 
     return UNet2DModel(
@@ -166,6 +171,7 @@ def unet2d() -> nn.Module:
         block_out_channels=(32, 64, 128),
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
         num_class_embeds=NULL_CLASS + 1,
     )
 

@@ -44,7 +44,6 @@ def machine() -> dict:
         "versions": versions,
         "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
-        "gemm_gflops": round(gemm_rate(torch.device("cpu"))),
     }
 
 
@@ -67,17 +66,21 @@ def seconds(work: Callable[[], object], device: torch.device, times: int = 1) ->
     return (time.perf_counter() - began) / times
 
 
-def gemm_rate(device: torch.device, dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
-    """GFLOP/s of a product of two square matrices, the best of five: what the machine gives to dense algebra.
+def products(device: torch.device, dtype: torch.dtype, size: int) -> dict[str, Callable[[], Tensor]]:
+    """The product of two square matrices, by BLAS, and on a CPU also by oneDNN, as a convolution of 1 × 1 pixel.
 
-    On a CPU the better of two libraries: BLAS, which some makers' processors get slow code from, and, as a convolution of
-    1 × 1 pixel, oneDNN, which convolves for everyone here.
+    (oneDNN convolves for everyone here; BLAS has slow code for some makers' processors.)
     """
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     image, kernel = a.T.view(1, size, size, 1).contiguous(memory_format=torch.channels_last), b.view(size, size, 1, 1)
-    works = [lambda: a @ b] + ([lambda: F.conv2d(image, kernel)] if device.type == "cpu" else [])
+    return {"BLAS": lambda: a @ b} | ({"oneDNN": lambda: F.conv2d(image, kernel)} if device.type == "cpu" else {})
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """GFLOP/s of a product of two square matrices, the best of five: what the machine gives to dense algebra."""
+    works = products(device, dtype, size).values()
     for work in works:
-        work()
+        work()  # warm-up
     return 2 * size**3 / min(seconds(work, device, 3) for work in works for _ in range(5)) / 1e9
 
 

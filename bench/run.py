@@ -71,9 +71,11 @@ def write_pages() -> None:
 
 def filled(page: Path, name: str, result: dict | None) -> str:
     """The page's text with what it says of a part between that part's markers, where it has them."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    begin, end, text = f"<!-- {name} -->", f"<!-- /{name} -->", page.read_text()
+    if begin not in text:
+        return text
     content = section(name, result, os.path.relpath(PICTURES, page.parent))
-    return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{content}\n{end}", page.read_text(), flags=re.S)
+    return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.S)
 
 
 def section(name: str, result: dict | None, pictures: str) -> str:

@@ -11,10 +11,10 @@ from ddpm.unet import Attention, ResBlock, timestep_embedding
 class Twin(nn.Module):
     """UNet2DModel(block_out_channels=(32, 64, 128)) with attention at all levels but the first; see `contenders.unet2d`.
 
-    Its groups and heads of 8 channels by default; neither changes a weight's shape, nor the number of operations.
+    Like that it attends in heads of 8 channels, or else in as many `heads` as are asked for, with the same weights and work.
     """
 
-    def __init__(self, channels: tuple[int, ...] = (32, 64, 128), layers: int = 2, groups: int = 32, heads: int | None = None):
+    def __init__(self, channels: tuple[int, ...] = (32, 64, 128), layers: int = 2, groups: int = 8, heads: int | None = None):
         super().__init__()
         embedding = 4 * channels[0]
         self.width = channels[0]

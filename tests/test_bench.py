@@ -52,14 +52,15 @@ def test_a_contender_learns_and_samples(make):
     assert drawn.shape == (10, 28, 28) and drawn.dtype == torch.uint8
 
 
-def test_twin_is_the_peer_block_for_block():
+@pytest.mark.parametrize("heads", [None, 4])
+def test_twin_is_the_peer_block_for_block(heads):
     """The same convolutions, and the same work to within a twentieth, though its conditioning also scales."""
 
     def kernels(model: torch.nn.Module) -> list[tuple[int, ...]]:
         return sorted(tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Conv2d))
 
     torch.manual_seed(0)
-    mine, theirs = Twin(), unet2d()
+    mine, theirs = Twin(heads=heads), unet2d()
     assert kernels(mine) == kernels(theirs)
     x, t, y = torch.randn(4, *SHAPE), torch.arange(4), torch.arange(4)
     ratio = gflop(lambda: mine(x, t, y).sum().backward()) / gflop(lambda: theirs(x, t, y).sample.sum().backward())
