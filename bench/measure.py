@@ -72,8 +72,11 @@ def products(device: torch.device, dtype: torch.dtype, size: int) -> dict[str, C
     (oneDNN convolves for everyone here; BLAS has slow code for some makers' processors.)
     """
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    image, kernel = a.T.view(1, size, size, 1).contiguous(memory_format=torch.channels_last), b.view(size, size, 1, 1)
-    return {"BLAS": lambda: a @ b} | ({"oneDNN": lambda: F.conv2d(image, kernel)} if device.type == "cpu" else {})
+    works = {"BLAS": lambda: a @ b}
+    if device.type == "cpu":
+        image, kernel = a.T.view(1, size, size, 1).contiguous(memory_format=torch.channels_last), b.view(size, size, 1, 1)
+        works["oneDNN"] = lambda: F.conv2d(image, kernel)
+    return works
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def write_pages() -> None:
     """Put every part's table into its places, and draw its plot."""
     PICTURES.mkdir(exist_ok=True)
     for name, part in PARTS.items():
+        if f"<!-- {name} -->" not in PAGE.read_text():
+            sys.exit(f"{PAGE}: has no place for {name} (<!-- {name} --> … <!-- /{name} -->)")
         path = RESULTS / f"{name}.json"
         result = json.loads(path.read_text()) if path.exists() else None
         if result and hasattr(part, "plot"):

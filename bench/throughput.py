@@ -3,7 +3,7 @@
 import torch
 
 from contenders import NULL_CLASS, PEERS, ROOT, SHAPE, Contender, Diffusers, Ours
-from ddpm.params import load_params
+from ddpm.params import TrainParams, load_params
 from ddpm.training import make_optimizers
 from measure import alternating, gflop, products, table
 from twin import Twin
@@ -15,19 +15,19 @@ SIDE = 2048  # of the matrices whose product is the measure of the machine
 class OursAsDiffusers(Ours):
     """The peer's architecture out of this project's blocks, trained by this project's loop with the peer's kind of optimiser."""
 
-    def __init__(self, heads: int | None, said: str):
-        p = load_params(ROOT / "params.yaml").train.model_copy(update={"optimizer": "adamw"})
-        super().__init__(p)
+    def __init__(self, p: TrainParams, heads: int | None, said: str):
+        super().__init__(p.model_copy(update={"optimizer": "adamw"}))
         self.name = f"diffusers' UNet2DModel rebuilt from this project's blocks, {said}"
         self.model = Twin(heads=heads).to(memory_format=torch.channels_last)
-        self.optimizers = make_optimizers(p, self.model)
+        self.optimizers = make_optimizers(self.p, self.model)
 
 
 def run(full: bool) -> dict:
     device = torch.device("cpu")
-    heads = load_params(ROOT / "params.yaml").train.model.heads
-    twins = [OursAsDiffusers(None, "heads of 8 channels"), OursAsDiffusers(heads, f"{heads} heads")]
-    contenders: list[Contender] = [Ours(), *(peer() for peer in PEERS), *twins]
+    p = load_params(ROOT / "params.yaml").train
+    heads = p.model.heads
+    twins = [OursAsDiffusers(p, None, "heads of 8 channels"), OursAsDiffusers(p, heads, f"{heads} heads")]
+    contenders: list[Contender] = [Ours(p), *(peer() for peer in PEERS), *twins]
     images, labels = torch.rand(BATCH, *SHAPE) * 2 - 1, torch.randint(NULL_CLASS, (BATCH,))
     rows = {}
     for c in contenders:
