@@ -3,18 +3,20 @@
 In a clone of the repository, `dvc repro --force` of one stage after the other is stopped with all its processes, once or
 several times in a row, by SIGKILL, SIGTERM or SIGINT; then the same command runs to its end. Every output and dvc.lock must
 be byte for byte what they were, no temporary file may stay, and a training's MLflow run must have every step once, in order.
-The training keeps a state after every window of steps, so that a kill finds one to go on from.
+Training keeps a state after every window of steps, so that a kill finds one to go on from.
 """
 
 import argparse
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,15 +60,27 @@ class Victim:
             return [f"exit status {process.returncode}: {output[-1000:]}"]
         now = digests(self.folder)
         names = sorted(name for name in self.digests.keys() | now.keys() if self.digests.get(name) != now.get(name))
-        return [f"differs: {name}" for name in names] + (training_faults(self.folder) if self.stage == "train" else [])
+        faults = [f"differs: {name}" for name in names] + (training_faults(self.folder) if self.stage == "train" else [])
+        return faults + [f"left behind: {path}" for path in (self.folder / ".resume").iterdir() if path.is_dir()]
 
 
 def start(folder: Path, stage: str) -> subprocess.Popen:
     """The stage's command, in a session of its own."""
-    command = ["dvc", "repro", "--force", "--single-item", stage]
     return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        ["dvc", "repro", "--force", "--single-item", stage],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
+
+
+def environment() -> dict[str, str]:
+    """This process's, without what an outer DVC or MLflow would tell the pipeline, and with this Python first on the path."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
+    return {**clean, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"}
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -76,44 +90,58 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def training_faults(folder: Path) -> list[str]:
-    """What is wrong with the newest training in the MLflow store."""
+    """What is wrong with the trainings in the MLflow store; one that was killed is to be there once, and finished."""
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("fashion-mnist-ddpm")
-    run, *_ = client.search_runs([experiment.experiment_id], "tags.stage = 'train'", order_by=["attributes.start_time DESC"])
-    history = client.get_metric_history(run.info.run_id, "train/loss")
-    steps = [m.step for m in sorted(history, key=lambda m: (m.timestamp, m.step))]
     expected = list(range(1, yaml.safe_load((folder / "params.yaml").read_text())["train"]["steps"] + 1))
-    faults = [] if run.info.status == "FINISHED" else [f"MLflow says {run.info.status}"]
-    faults += [] if steps == expected else [f"MLflow has the steps {steps}"]
-    return faults + [f"left behind: {path}" for path in (folder / ".resume").rglob("*.pt")]
+    faults = []
+    for run in client.search_runs([experiment.experiment_id], "tags.stage = 'train'"):
+        history = client.get_metric_history(run.info.run_id, "train/loss")
+        steps = [m.step for m in sorted(history, key=lambda m: (m.timestamp, m.step))]
+        if run.info.status != "FINISHED" or steps != expected:
+            faults.append(f"MLflow has a training that is {run.info.status}, of the steps {steps}")
+    return faults
 
 
-def prepared(folder: Path) -> Path:
-    """A clone of the repository in `folder` that has run the smoke preset."""
-    clone = folder / "clone"
-    for command, where in (
-        (["git", "clone", "--quiet", str(ROOT), str(clone)], folder),
-        ([sys.executable, "src/preset.py", "smoke"], clone),
-    ):
-        subprocess.run(command, cwd=where, check=True)
-    source = clone / "src/ddpm/training.py"
+def clone(folder: Path) -> Path:
+    """A clone of the repository in `folder`, as the working tree is, with the smoke preset applied."""
+    folder = folder / "clone"
+    subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+    listing = ["git", "ls-files", "-z", "--modified", "--others", "--exclude-standard"]
+    for name in subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    subprocess.run([sys.executable, "src/preset.py", "smoke"], cwd=folder, stdout=subprocess.DEVNULL, check=True)
+    return folder
+
+
+def victims(folder: Path) -> list[Victim]:
+    """Every stage of the pipeline in `folder`, which has run once, after a run that nobody disturbs."""
+    source = folder / "src/ddpm/training.py"
     source.write_text(re.sub(r"(?m)^STATE_SECONDS = .*$", "STATE_SECONDS = 0", source.read_text()))
-    subprocess.run(["dvc", "repro", "--quiet"], cwd=clone, check=True)
-    return clone
-
-
-def victims(clone: Path) -> list[Victim]:
-    """Every stage, after a run that nobody disturbs."""
     taken = {}
     for stage in STAGES:
         began = time.monotonic()
-        process = start(clone, stage)
+        process = start(folder, stage)
         output, _ = process.communicate()
         if process.returncode:
             sys.exit(f"{stage} fails without being killed: {output[-1000:]}")
         taken[stage] = time.monotonic() - began
-    files = digests(clone)
-    return [Victim(clone, stage, seconds, files) for stage, seconds in taken.items()]
+    files = digests(folder)
+    return [Victim(folder, stage, seconds, files) for stage, seconds in taken.items()]
+
+
+def ordeals(targets: list[Victim], count: int, draw: random.Random) -> Iterator[tuple[str, int, list[str]]]:
+    """Kill the stages' runs in turn, `count` runs in all; for each what was done, how many signals struck, and the faults."""
+    for n in range(count):
+        victim, said, kills = targets[n % len(targets)], [], 0
+        while not said or draw.random() < AGAIN:
+            number, moment = draw.choice(SIGNALS), draw.uniform(0, victim.seconds)
+            struck = victim.strike(number, moment)
+            kills += struck
+            said.append(f"{signal.Signals(number).name} after {moment:.1f} s" + ("" if struck else " (too late)"))
+        yield f"{victim.stage}: {', '.join(said)}", kills, victim.faults()
 
 
 def main() -> None:
@@ -121,21 +149,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=25, help="how many runs to kill, once or more often (25)")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (0)")
     options = parser.parse_args()
-    draw, kills, failed = random.Random(options.seed), dict.fromkeys(STAGES, 0), 0
+    struck, failed = dict.fromkeys(STAGES, 0), 0
     with tempfile.TemporaryDirectory() as folder:
-        targets = victims(prepared(Path(folder)))
-        for n in range(options.kills):
-            victim = targets[n % len(targets)]
-            said = []
-            while not said or draw.random() < AGAIN:
-                number, moment = draw.choice(SIGNALS), draw.uniform(0, victim.seconds)
-                struck = victim.strike(number, moment)
-                kills[victim.stage] += struck
-                said.append(f"{signal.Signals(number).name} after {moment:.1f} s" + ("" if struck else " (too late)"))
-            faults = victim.faults()
+        smoke = clone(Path(folder))
+        subprocess.run(["dvc", "repro", "--quiet"], cwd=smoke, env=environment(), check=True)
+        for said, kills, faults in ordeals(victims(smoke), options.kills, random.Random(options.seed)):
+            struck[said.partition(":")[0]] += kills
             failed += bool(faults)
-            print(f"{victim.stage}: {', '.join(said)}: {'; '.join(faults) or 'the same bytes'}", flush=True)
-    print(table(["stage", "kills"], [[stage, count] for stage, count in kills.items()]))
+            print(f"{said}: {'; '.join(faults) or 'the same bytes'}", flush=True)
+    print(table(["stage", "kills"], [[stage, count] for stage, count in struck.items()]))
     if failed:
         sys.exit(f"{failed} runs ended otherwise than if they had never been killed")
 

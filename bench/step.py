@@ -60,7 +60,7 @@ def breakdown(p: TrainParams, steps: int) -> dict[str, float]:
 def logging_cost(steps: int, pace: float) -> float:
     """Processor seconds that logging a step takes, all threads together, into a real store at a training's pace."""
     params = load_params(ROOT / "params.yaml").model_dump()
-    with tempfile.TemporaryDirectory() as folder, tracking.start_run("train", params, Path(folder)) as run:
+    with tempfile.TemporaryDirectory() as root, tracking.start_run("train", params, Path(root), Path(root, "run")) as run:
         while run.queue:  # until MLflow is imported and the store is made
             time.sleep(0.1)
         time.sleep(1)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ddpm import tracking
 from ddpm.data import CLASSES, RAW, load_split
-from ddpm.device import select_device
+from ddpm.device import enough_memory, select_device
 from ddpm.features import extract, extract_cached, load_classifier
 from ddpm.figures import save_png, sheet
 from ddpm.files import file_sha256, write_atomic
 from ddpm.metrics import fid, kid, memorisation, nearest, prdc
 from ddpm.params import UserError, clean_errors, load_params, project_root
+from ddpm.resume import fingerprint, imported_source, run_folder
 
 MODEL = Path("models/diffusion_model.pth")
 SAMPLES = Path("output/samples.npz")
@@ -29,19 +30,23 @@ PAIRS = 12  # closest pairs shown
 
 def main() -> None:
     params = load_params()
-    device = select_device(params.runtime.device, tf32=False)
+    device = select_device(params.runtime.device, tf32=False, deterministic=params.runtime.deterministic)
     path = Path(params.evaluate.classifier)
     classifier = load_classifier(path)
     images, labels = load_samples(SAMPLES)
     train_images, train_labels = load_split(RAW, "train")
     test_images, test_labels = load_split(RAW, "test")
 
+    root, required = project_root(), params.runtime.require_mlflow
     checkpoint = file_sha256(MODEL) if MODEL.exists() else None
-    with tracking.start_run(
-        "evaluate", params.model_dump(), project_root(), checkpoint_sha256=checkpoint, device=str(device)
-    ) as run:
+    name = fingerprint(params.evaluate.model_dump(), [*imported_source(), SAMPLES, path])
+    with (
+        enough_memory(device, "close what else uses it"),
+        run_folder(root / ".resume" / name) as folder,
+        tracking.start_run("evaluate", params.model_dump(), root, folder, str(device), required, checkpoint) as run,
+    ):
         run.tags({"samples": len(images), "evaluator_sha256": file_sha256(path)})
-        cache = project_root() / ".cache"
+        cache = root / ".cache"
         samples, predicted = extract(classifier, images, device)
         train, _ = extract_cached(classifier, train_images, device, cache)
         test, test_predicted = extract_cached(classifier, test_images, device, cache)

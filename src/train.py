@@ -6,9 +6,7 @@ goes on where its last saved state is when it is started again.
 
 import hashlib
 import json
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -17,12 +15,13 @@ from torch import Tensor
 from ddpm import tracking
 from ddpm.checkpoint import save_model
 from ddpm.data import CLASSES, FILES, RAW, load_split
-from ddpm.device import can_compile, select_device
-from ddpm.figures import save_png, sheet
+from ddpm.device import can_compile, enough_memory, select_device
+from ddpm.figures import png, sheet
 from ddpm.files import file_sha256, write_atomic
 from ddpm.params import Params, clean_errors, load_params, project_root
+from ddpm.resume import fingerprint, imported_source, run_folder
 from ddpm.schedule import terminal_warning
-from ddpm.training import Data, Stopped, Trained, fingerprint, state_folder, train, use_bfloat16
+from ddpm.training import Data, Trained, train, use_bfloat16
 
 MODEL = Path("models/diffusion_model.pth")
 METRICS = Path("output/metrics/train.json")
@@ -33,35 +32,31 @@ class RunLog:
     """What the training loop reports, into the MLflow run."""
 
     def __init__(self, run: tracking.Run):
-        self.metrics, self.run = run.metrics, run
+        self.metrics, self.sync, self.run = run.metrics, run.journal.sync, run
 
     def preview(self, step: int, images: Tensor) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, f"step-{step:06d}.png")
-            save_png(path, sheet(images, columns=len(CLASSES)))
-            self.run.preview(step, path)
+        self.run.preview(step, png(sheet(images, columns=len(CLASSES))))
 
 
 def main() -> None:
     params = load_params()
     p = params.train
-    device = select_device(params.runtime.device)
+    device = select_device(params.runtime.device, deterministic=params.runtime.deterministic)
     if warning := terminal_warning(p.diffusion.schedule, p.diffusion.timesteps):
         print(f"warning: train.diffusion: {warning}", file=sys.stderr)
-    data = Data(*(x.to(device) for split in ("train", "test") for x in load_split(RAW, split)))
     compile_model = can_compile(device) if params.runtime.compile == "auto" else params.runtime.compile
+    too_large = f"lower train.batch_size ({p.batch_size}) or train.model.channels ({p.model.channels})"
+    with enough_memory(device, too_large):
+        data = Data(*(x.to(device) for split in ("train", "test") for x in load_split(RAW, split)))
+        name = fingerprint(p.model_dump(), [*imported_source(), *(RAW / file for file in FILES)])
+        with run_folder(project_root() / ".resume" / name) as folder:
+            track_training(params, data, device, folder, compile_model)
 
-    root = project_root()
-    name = fingerprint(p, [*imported_source(), *(RAW / file for file in FILES)])
-    with state_folder(root / ".resume" / name) as folder:
-        track_training(params, data, device, root, folder, compile_model)
-        shutil.rmtree(folder)
 
-
-def track_training(params: Params, data: Data, device: torch.device, root: Path, folder: Path, compile_model: bool) -> None:
+def track_training(params: Params, data: Data, device: torch.device, folder: Path, compile_model: bool) -> None:
     """Train from the states in `folder`, write the outputs, and log it all as one MLflow run."""
-    p = params.train
-    with tracking.start_run("train", params.model_dump(), root, folder / "journal", device=str(device)) as run:
+    p, root, required = params.train, project_root(), params.runtime.require_mlflow
+    with tracking.start_run("train", params.model_dump(), root, folder, str(device), required) as run:
         digest = hashlib.sha256("".join(FILES.values()).encode()).hexdigest()
         profile = {"train_images": len(data.images), "test_images": len(data.test_images)}
         run.dataset("fashion-mnist", digest[:32], str(RAW), profile, "training")
@@ -76,13 +71,6 @@ def track_training(params: Params, data: Data, device: torch.device, root: Path,
                 "parameters": sum(w.numel() for w in trained.weights.values()),
             }
         )
-
-
-def imported_source() -> list[Path]:
-    """The project's files that training runs: all that are imported by now, tracking apart."""
-    files = {Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
-    own = Path(__file__).resolve().parent
-    return sorted(path for path in files if path.resolve().is_relative_to(own) and path.name != "tracking.py")
 
 
 def write_outputs(trained: Trained, params: Params) -> None:
@@ -104,8 +92,4 @@ def write_outputs(trained: Trained, params: Params) -> None:
 
 if __name__ == "__main__":
     with clean_errors():
-        try:
-            main()
-        except Stopped as stopped:
-            print(stopped, file=sys.stderr)
-            sys.exit(stopped.exit_status)
+        main()

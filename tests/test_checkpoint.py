@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ddpm.checkpoint import load_model, load_state, save_model, save_state
+from ddpm.checkpoint import load_model, save_model
 from ddpm.params import UserError
 from ddpm.unet import UNet
 
@@ -85,57 +85,3 @@ def test_another_programs_checkpoint_is_refused(tmp_path):
         load_model(tmp_path / "m.pth", CPU)
     lacks = "diffusion, label_dropout, unet, weights"
     assert str(caught.value) == f"{tmp_path / 'm.pth'}: made by another program or version (it lacks {lacks}); {ANEW}"
-
-
-def state(step: int) -> dict:
-    return {"step": step, "weights": torch.full((100,), float(step)), "curve": [{"step": step, "loss": 0.5}]}
-
-
-def states(folder):
-    return sorted(folder.glob("state-*.pt"))
-
-
-def test_no_state(tmp_path):
-    assert load_state(tmp_path) is None
-    assert load_state(tmp_path / "nowhere") is None
-
-
-def test_the_newest_two_states_are_kept_and_the_newest_loaded(tmp_path):
-    for step in (5, 40, 300, 1000):
-        save_state(tmp_path, step, state(step))
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["state-00000300.pt", "state-00001000.pt"]
-    loaded = load_state(tmp_path)
-    assert torch.equal(loaded.pop("weights"), state(1000)["weights"])
-    assert loaded == {"step": 1000, "curve": [{"step": 1000, "loss": 0.5}]}
-
-
-def truncate(data: bytes) -> bytes:
-    return data[: len(data) // 2]
-
-
-def flip(data: bytes) -> bytes:
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-
-
-@pytest.mark.parametrize("damage", [truncate, flip, lambda data: b""], ids=["truncated", "flipped", "empty"])
-def test_a_damaged_state_gives_way_to_the_one_before(tmp_path, capsys, damage):
-    for step in (10, 20):
-        save_state(tmp_path, step, state(step))
-    newest = states(tmp_path)[-1]
-    newest.write_bytes(damage(newest.read_bytes()))
-    assert load_state(tmp_path)["step"] == 10
-    assert capsys.readouterr().err == f"warning: {newest} is damaged; falling back to the state before it\n"
-
-    oldest = states(tmp_path)[0]
-    oldest.write_bytes(damage(oldest.read_bytes()))
-    assert load_state(tmp_path) is None
-
-
-def test_a_state_saved_after_a_damaged_one_is_found(tmp_path):
-    for step in (10, 20):
-        save_state(tmp_path, step, state(step))
-    newest = states(tmp_path)[-1]
-    newest.write_bytes(truncate(newest.read_bytes()))
-    save_state(tmp_path, 20, state(20))  # a run that fell back to step 10 comes to step 20 again
-    assert load_state(tmp_path)["step"] == 20

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ddpm.device import select_device
+from ddpm.device import enough_memory, select_device
 from ddpm.params import UserError
 
 HAS_CUDA, HAS_MPS = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -46,3 +46,30 @@ def test_mps_where_there_is_none():
     with pytest.raises(UserError) as caught:
         select_device("mps")
     assert str(caught.value) == "runtime.device: 'mps', but PyTorch sees no Apple GPU here; use auto or cpu"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 8.00 GiB"),
+        MemoryError(),
+        RuntimeError("MPS backend out of memory (MPS allocated: 5.05 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=lambda error: str(error)[:10],
+)
+def test_too_little_memory_on_a_gpu_says_what_to_lower(error):
+    with pytest.raises(UserError) as caught, enough_memory(torch.device("cuda", 1), "lower train.batch_size (512)"):
+        raise error
+    assert str(caught.value) == "cuda:1 is out of memory; lower train.batch_size (512)"
+
+
+def test_too_little_memory_on_the_cpu_says_what_to_lower():
+    with pytest.raises(UserError) as caught, enough_memory(torch.device("cpu"), "lower train.batch_size (512)"):
+        torch.empty(2**55)
+    assert str(caught.value) == "cpu is out of memory; lower train.batch_size (512)"
+
+
+def test_other_errors_are_not_taken_for_too_little_memory():
+    with pytest.raises(RuntimeError, match="must match the size"), enough_memory(torch.device("cpu"), ""):
+        torch.ones(2) + torch.ones(3)

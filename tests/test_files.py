@@ -1,6 +1,9 @@
 import os
 import pickle
+import platform
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -72,7 +75,7 @@ def test_a_target_that_is_a_folder_leaves_no_temporary_file(tmp_path):
 def test_a_full_disk_keeps_the_old_file(tmp_path):
     path = tmp_path / "file.bin"
     write_atomic(path, b"old")
-    (tmp_path / f".file.bin.{os.getpid()}.tmp").symlink_to("/dev/full")
+    (tmp_path / f".file.bin.{platform.node()}.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(UserError) as caught:
         write_atomic(path, b"new")
     assert str(caught.value) == f"{path}: can't be written (No space left on device)"
@@ -80,11 +83,23 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
     assert names(tmp_path) == ["file.bin"]
 
 
+def test_what_a_killed_process_left_goes_and_what_a_live_one_writes_stays(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / f".file.bin.{platform.node()}.{dead.pid}.tmp"
+    stay = [f".file.bin.{platform.node()}.{os.getppid()}.tmp", f".file.bin.elsewhere.{dead.pid}.tmp", ".file.txt.1.tmp"]
+    for path in (left, *(tmp_path / name for name in stay)):
+        path.write_bytes(b"half")
+    write_atomic(tmp_path / "file.bin", b"data")
+    assert names(tmp_path) == sorted([*stay, "file.bin"])
+
+
 def test_verified_data_comes_back_or_not_at_all(tmp_path):
     path = tmp_path / "data"
     assert read_verified(path) is None
-    write_verified(path, b"data" * 100)
-    assert read_verified(path) == b"data" * 100
+    write_verified(path, WEIGHTS)
+    read = read_verified(path)
+    assert read["width"] == 64 and torch.equal(read["weights"]["layer"], WEIGHTS["weights"]["layer"])
     whole = path.read_bytes()
     for damaged in (b"", whole[:20], whole[:-1], whole + b"\0", flip(whole, 0), flip(whole, 200)):
         path.write_bytes(damaged)

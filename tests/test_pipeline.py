@@ -4,11 +4,13 @@ One clone serves all tests of this file, in order: each goes on from where the o
 """
 
 import json
-import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,24 +20,22 @@ import yaml
 from PIL import Image
 from torchvision.datasets import FashionMNIST
 
-REPOSITORY = Path(__file__).parents[1]
+import crash
+from ddpm.resume import load_state
+
 pytestmark = pytest.mark.pipeline
-
-
-def environment() -> dict[str, str]:
-    """Ours, without what an outer DVC or MLflow would tell the pipeline, and with this Python first on the path.
-
-    The machine's load is sampled every second: the smoke preset would be over before the ten that MLflow takes.
-    """
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
-    return {**clean, "PATH": path, "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}
+ENVIRONMENT = {**crash.environment(), "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}  # the preset is over before the usual ten
 
 
 def run(clone: Path, *command: str) -> str:
-    done = subprocess.run(command, cwd=clone, env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=clone, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def start(clone: Path, script: str) -> subprocess.Popen:
+    command = [sys.executable, script]
+    return subprocess.Popen(command, cwd=clone, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def merge(base: dict, changes: dict) -> dict:
@@ -63,16 +63,10 @@ def mlflow_runs(clone: Path, stage: str) -> list:
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory, fashion_mnist: Path) -> Path:
     """A fresh clone of the committed tree with this tree's edits, after `dvc repro` of the smoke preset."""
-    clone = tmp_path_factory.mktemp("pipeline") / "clone"
-    subprocess.run(["git", "clone", "-q", REPOSITORY, clone], check=True)
-    changed = run(REPOSITORY, "git", "ls-files", "--modified", "--others", "--exclude-standard").split()
-    for name in changed:
-        if (REPOSITORY / name).is_file():
-            (clone / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(REPOSITORY / name, clone / name)
-    edit_params(clone, yaml.safe_load((REPOSITORY / "presets/smoke.yaml").read_text()))
+    clone = crash.clone(tmp_path_factory.mktemp("pipeline"))
     edit_params(clone, {"runtime": {"data_folder": str(fashion_mnist)}})
-    run(clone, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qam", "smoke preset")
+    run(clone, "git", "add", "--all")
+    run(clone, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "smoke preset")
     assert stages_run(run(clone, "dvc", "repro")) == ["download", "train", "sample", "evaluate"]
     return clone
 
@@ -140,7 +134,7 @@ def test_mlflow_has_the_runs(clone: Path) -> None:
     assert {a.path for a in client.list_artifacts(sample.info.run_id)} == {
         "generated_samples.png", "denoising.png", "denoising.gif",
     }  # fmt: skip
-    assert not list((clone / ".resume").rglob("*.jsonl"))
+    assert not [path for path in (clone / ".resume").iterdir() if path.is_dir()]  # nothing to go on from, nothing unshipped
 
 
 def test_second_repro_does_nothing(clone: Path) -> None:
@@ -179,3 +173,100 @@ def test_temporary_experiment_lands_in_the_main_store(clone: Path) -> None:
     table = json.loads(run(clone, "dvc", "exp", "show", "--json"))
     shown = [e["name"] for revision in table for e in revision["experiments"] or []]
     assert "swift-otter" in shown
+
+
+def test_two_queued_experiments_that_train_the_same_at_once(clone: Path) -> None:
+    """Neither goes on from the other's states, and one MLflow store has all of both."""
+    from dvc.repo import Repo
+    from mlflow import MlflowClient
+
+    names = ("twin-one", "twin-two")
+    for seed, name in enumerate(names):
+        run(clone, "dvc", "exp", "run", "--queue", "-n", name, "-S", "train.seed=9", "-S", f"sample.seed={seed + 10}")
+    workers = ["dvc", "queue", "start", "-j", "2"]  # they would hold a pipe open
+    subprocess.run(workers, cwd=clone, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    deadline, status = time.monotonic() + 600, {}
+    while time.monotonic() < deadline and not all(status.get(name) in ("Success", "Failed") for name in names):
+        time.sleep(2)
+        with Repo(str(clone)) as repo:
+            status = {entry["name"]: entry["status"] for entry in repo.experiments.celery_queue.status()}
+    assert {name: status.get(name) for name in names} == dict.fromkeys(names, "Success")
+
+    client = MlflowClient(f"sqlite:///{clone / 'mlflow.db'}")
+    trainings = [r for r in mlflow_runs(clone, "train") if r.data.params["train.seed"] == "9"]
+    assert {r.data.tags["dvc_exp_name"] for r in trainings} <= set(names)
+    for r in trainings:
+        assert r.info.status == "FINISHED"
+        assert sorted(m.step for m in client.get_metric_history(r.info.run_id, "train/loss")) == list(range(1, 61))
+    assert len({r.data.tags["checkpoint_sha256"] for r in trainings}) == 1
+    evaluations = mlflow_runs(clone, "evaluate")[-2:]
+    assert {r.data.tags["dvc_exp_name"] for r in evaluations} == set(names)
+    assert {r.info.status for r in evaluations} == {"FINISHED"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "number", "status", "last"),
+    [
+        ("train", signal.SIGTERM, 143, r"stopped after step \d+; the same command goes on from there"),
+        ("train", signal.SIGINT, 130, r"stopped after step \d+; the same command goes on from there"),
+        ("sample", signal.SIGINT, 130, "stopped; the same command goes on"),
+    ],
+)
+def test_a_stopped_stage_says_how_to_go_on_and_does(clone: Path, stage: str, number: int, status: int, last: str) -> None:
+    output = clone / {"train": "models/diffusion_model.pth", "sample": "output/samples.npz"}[stage]
+    before, runs = output.read_bytes(), len(mlflow_runs(clone, stage))
+    process = start(clone, f"src/{stage}.py")
+    started = "train/loss" if stage == "train" else '"start"'
+    while not any(started in path.read_text() for path in (clone / ".resume").glob("*/journal.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert re.fullmatch(last, errors.splitlines()[-1])
+    assert "Traceback" not in errors
+    assert mlflow_runs(clone, stage)[-1].info.status == "KILLED"
+
+    run(clone, sys.executable, f"src/{stage}.py")
+    assert output.read_bytes() == before
+    assert len(mlflow_runs(clone, stage)) == runs + 1
+    assert mlflow_runs(clone, stage)[-1].info.status == "FINISHED"
+
+
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(clone: Path) -> None:
+    kills, faults = 0, []
+    for n, (said, struck, wrong) in enumerate(crash.ordeals(crash.victims(clone), 12, random.Random())):
+        kills += struck
+        faults += [f"{said}: {fault}" for fault in wrong]
+        if kills >= 4 and n >= 3:  # every stage at least once
+            break
+    assert faults == []
+    assert kills >= 4
+
+
+def test_a_full_disk_says_so_and_the_last_good_state_serves(clone: Path) -> None:
+    """On a small file system of its own; by now the clone's trainings keep a state after every window."""
+    before, resume = (clone / "models/diffusion_model.pth").read_bytes(), clone / ".resume"
+    shutil.rmtree(resume)
+    resume.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", resume], capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        process = start(clone, "src/train.py")
+        while not list(resume.glob("*/state-*.pt")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        with (resume / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
+            while True:
+                filler.write(bytes(4096))
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert re.fullmatch(r"error: \S+: can't be written \(No space left on device\)", errors.splitlines()[-1])
+        assert "Traceback" not in errors
+        (folder,) = {path.parent for path in resume.glob("*/state-*.pt")}
+        assert 0 < load_state(folder)["step"] < 60
+        (resume / "filler").unlink()
+        run(clone, sys.executable, "src/train.py")
+        assert (clone / "models/diffusion_model.pth").read_bytes() == before
+    finally:
+        subprocess.run(["umount", "--lazy", resume], check=True)

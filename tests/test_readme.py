@@ -36,6 +36,18 @@ def test_linked_files_exist():
     assert [link for link in local if not (ROOT / link).exists()] == []
 
 
+def test_the_tests_that_hold_the_promises_exist():
+    page, file = (ROOT / "docs/OPERATIONS.md").read_text(), ""
+    named = re.findall(r"`(?:(test_\w+\.py))?(?:::(test_\w+))?`", page)
+    assert len([test for _, test in named if test]) > 20
+    for name, test in named:
+        file = name or file
+        if file:
+            text = (ROOT / "tests" / file).read_text()
+            assert f"def {test}(" in text if test else text, f"{file}::{test}"
+    assert not re.search(r"[A-Z]{3,}_[A-Z]{3,}", page)  # a figure still to come
+
+
 def test_make_targets_that_it_names_exist():
     targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), flags=re.M))
     assert set(re.findall(r"`?make ([a-z]+)", README)) <= targets

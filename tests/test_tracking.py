@@ -1,5 +1,7 @@
 """Tracking against real MLflow stores: what a run leaves there, however it ends and whatever the store does meanwhile."""
 
+import errno
+import io
 import json
 import os
 import random
@@ -12,15 +14,21 @@ import sys
 import threading
 import time
 import urllib.request
+import uuid
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import ship
 from ddpm import tracking
-from ddpm.tracking import Journal, start_run, tracking_uri
+from ddpm.params import Stopped, UserError
+from ddpm.resume import hold
+from ddpm.tracking import Journal, Run, tracking_uri
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
@@ -62,10 +70,18 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def picture(path: Path, seed: int) -> np.ndarray:
-    pixels = np.random.default_rng(seed).integers(0, 256, (20, 30), np.uint8)
-    Image.fromarray(pixels).save(path)
-    return pixels
+@contextmanager
+def start_run(stage: str, params: dict, root: Path, folder: Path | None = None, **options) -> Iterator[Run]:
+    """A run with a folder of its own, where none is named."""
+    with tracking.start_run(stage, params, root, folder or root / ".resume" / uuid.uuid4().hex[:16], **options) as run:
+        yield run
+
+
+def picture(seed: int) -> bytes:
+    """A PNG of noise."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 WHOLE_RUN = """
@@ -88,8 +104,7 @@ with start_run("train", PARAMS, root, root / ".resume" / "whole", device="cuda:7
     for step in range(0, 41):
         run.metrics(step, {"train/loss": 1 / (step + 1), "train/loss_2": step * 1e-30})
         if step % 20 == 0:
-            picture(files / "preview.png", seed=step)
-            run.preview(step, files / "preview.png")
+            run.preview(step, picture(seed=step))
     run.metrics(40, {"val/none": float("nan"), "val/all": float("inf")})
     run.artifact(files / "model.pth", "model")
     run.artifact(files / "model.pth")
@@ -115,15 +130,14 @@ from test_tracking import PARAMS, picture
 root = Path(sys.argv[1])
 with start_run("train", PARAMS, root, root / ".resume" / "killed") as run:
     run.dataset("fashion-mnist", "fedcba9876543210", "data/raw", {}, "training")
-    picture(root / "killed.png", seed=1)
     for step in range(20):
         run.metrics(step, {"train/loss": 100.0 + step})
-    run.preview(0, root / "killed.png")
+    run.preview(0, picture(seed=1))
     while run.queue:
         time.sleep(0.05)
     for step in range(20, 30):  # these have not been shipped
         run.metrics(step, {"train/loss": 100.0 + step})
-    run.preview(20, root / "killed.png")
+    run.preview(20, picture(seed=1))
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -263,7 +277,7 @@ def test_a_killed_run_goes_on_where_it_was(root, client):
         for step in range(10, 40):
             run.metrics(step, {"train/loss": 200.0 + step})
         for step in (0, 20, 40):
-            run.preview(step, root / "killed.png")
+            run.preview(step, picture(seed=1))
     after = client.get_run(before.info.run_id)
     assert after.info.status == "FINISHED"
     assert history(client, after, "train/loss") == [(s, (100.0 if s < 30 else 200.0) + s) for s in range(40)]
@@ -287,10 +301,84 @@ def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path):
         again.append({"metric": "b"})
         again.file.close()
         assert Journal(tmp_path).entries[-1] == {"metric": "b"}
+    for garbage in (b"\0" * 50, b"\0" * 50 + b"\n", b'{"metric": "a"\n{"metric": "a"}\n', b"\xff\xfe\n"):
+        journal.path.write_bytes(whole + garbage)  # as after a power cut
+        again = Journal(tmp_path)
+        again.file.close()
+        assert [e["step"] for e in again.entries] == list(range(5))
+        assert journal.path.read_bytes() == whole
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
+def test_what_is_synced_is_on_the_disk(tmp_path, monkeypatch):
+    synced = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    journal = Journal(tmp_path / "run")
+    deposited = journal.deposit("a.png", b"image")
+    hidden = journal.outbox / f".{deposited.partition('/')[0]}"
+    assert synced == {hidden / "a.png", hidden}
+    journal.append({"preview": deposited})
+    journal.sync()
+    assert {journal.path, journal.outbox, journal.folder, tmp_path} <= synced
+
+
+def test_nothing_is_shipped_that_a_power_cut_could_undo(root, client, monkeypatch):
+    """What the store has, the journal must have: else a resumed run would log it again, at another time."""
+    synced, shipped = [], []
+    sync, ship_entries = Journal.sync, tracking.Store.ship
+
+    def watched_sync(journal: Journal) -> None:
+        size = journal.size
+        sync(journal)
+        synced.append(size)
+
+    def watched_ship(store: tracking.Store, queue, count: int) -> None:
+        lines = [json.dumps(entry) + "\n" for entry in list(queue)[:count]]
+        shipped.extend(lines)
+        assert len("".join(shipped)) <= synced[-1]
+        ship_entries(store, queue, count)
+
+    monkeypatch.setattr(Journal, "sync", watched_sync)
+    monkeypatch.setattr(tracking.Store, "ship", watched_ship)
+    with start_run("sample", {}, root) as run:
+        for step in range(100):
+            run.metrics(step, {"a": float(step)})
+            time.sleep(0.01)
+    assert len(shipped) == 102
+
+
+class FullDisk:
+    """A file that takes some bytes of a line, and no more."""
+
+    def __init__(self, file, room: int):
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data[: self.room])
+
+    def __getattr__(self, name: str):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("room", [0, 5])
+def test_a_journal_on_a_full_disk_says_so_and_keeps_whole_lines(tmp_path, room):
+    journal = Journal(tmp_path)
+    journal.append({"metric": "a"})
+    file, journal.file = journal.file, FullDisk(journal.file, room)
+    with pytest.raises(UserError) as caught:
+        journal.append({"metric": "b"})
+    assert str(caught.value) == f"{tmp_path}/journal.jsonl: can't be written (No space left on device)"
+    journal.file = file  # there is room again
+    journal.append({"metric": "c"})
+    file.close()
+    assert Journal(tmp_path).entries == [{"metric": "a"}, {"metric": "c"}]
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(ValueError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(3), "KILLED")]
+    ("error", "status"),
+    [(ValueError("no"), "FAILED"), (UserError("no"), "FAILED"), (Stopped(15), "KILLED"), (SystemExit(3), "KILLED")],
 )
 def test_how_a_run_ends(root, client, error, status):
     with pytest.raises(type(error)), start_run("sample", {}, root) as run:
@@ -301,18 +389,15 @@ def test_how_a_run_ends(root, client, error, status):
     ended = one(client, f"tags.marker = '{status}{type(error).__name__}'")
     assert ended.info.status == status
     assert ended.data.metrics == {"sample/seconds": 1.0}
-    assert folder.parent == root / ".resume" and not folder.exists()
+    assert (folder / "journal.jsonl").exists()  # the same command goes on with it
 
 
-def test_a_stopped_training_is_killed_and_its_resumption_finishes_the_same_run(root, client):
-    class Stopped(Exception):
-        exit_status = 143
-
+def test_a_stopped_run_is_killed_and_its_resumption_finishes_the_same_run(root, client):
     folder = root / ".resume" / "stopped"
     with pytest.raises(Stopped), start_run("train", {}, root, folder) as run:
         run.metrics(1, {"train/loss": 1.0})
         run.tags({"marker": "stopped"})
-        raise Stopped
+        raise Stopped(signal.SIGTERM)
     stopped = one(client, "tags.marker = 'stopped'")
     assert stopped.info.status == "KILLED"
     assert (folder / "journal.jsonl").exists()
@@ -324,41 +409,61 @@ def test_a_stopped_training_is_killed_and_its_resumption_finishes_the_same_run(r
     assert history(client, finished, "train/loss") == [(1, 1.0), (2, 2.0)]
 
 
-def ship(folder: Path, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["tracking.py", str(folder)])
-    tracking.main()
+def test_a_run_killed_between_its_end_and_its_cleanup_stays_one_run(root, client, monkeypatch):
+    def killed(_folder: Path) -> None:
+        raise Stopped(signal.SIGTERM)
+
+    folder = root / ".resume" / "last"
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(Stopped), start_run("train", {}, root, folder) as run:
+        (folder / "state-00000010.pt").write_bytes(b"state")
+        run.metrics(1, {"train/loss": 1.0})
+        run.tags({"marker": "last"})
+    monkeypatch.undo()
+    assert not list(folder.glob("*.pt"))  # whoever finds it begins anew, and every step has its journalled value
+    with start_run("train", {}, root, folder) as run:
+        run.metrics(1, {"train/loss": 2.0})
+        run.metrics(2, {"train/loss": 2.0})
+    assert history(client, one(client, "tags.marker = 'last'"), "train/loss") == [(1, 1.0), (2, 2.0)]
+    assert not folder.exists()
 
 
-def test_shipping_a_journal_again_makes_no_doubles(root, client, tmp_path, monkeypatch, capsys):
-    picture(tmp_path / "a.png", 0)
+def test_shipping_a_journal_again_makes_no_doubles(root, client, monkeypatch):
+    def away(_store: tracking.Store) -> None:
+        raise ConnectionError
+
+    (root / "artifact.txt").write_text("text")
+    monkeypatch.setattr(tracking.Store, "open", away)
     with start_run("evaluate", {"a": 1}, root) as run:
         run.dataset("fashion-mnist", "0123", "data/raw", {}, "evaluation")
         for step in range(5):
             run.metrics(step, {"eval/fid": float(step), "eval/kid": float("nan")})
-        run.preview(3, tmp_path / "a.png")
-        run.artifact(tmp_path / "a.png")
+        run.preview(3, picture(0))
+        run.artifact(root / "artifact.txt")
         run.tags({"marker": "twice"})
-        run._append({"end": "FINISHED", "time": tracking._now()})
-        copies = [shutil.copytree(run.journal.folder, root / ".resume" / f"copy-{i}") for i in range(2)]
-    for copy in copies:
-        ship(copy, monkeypatch)
-        assert f"shipped to MLflow at sqlite:///{root}/mlflow.db" in capsys.readouterr().out
-        assert not copy.exists()
+    monkeypatch.undo()
+    (kept,) = (root / ".resume").glob("unshipped-*/")
+    for folder in (shutil.copytree(kept, root / ".resume" / "copy"), kept):
+        assert tracking.ship(folder, root) == f"sqlite:///{root}/mlflow.db"
+        assert not folder.exists()
     shipped = one(client, "tags.marker = 'twice'")
     assert shipped.info.status == "FINISHED"
     assert Counter(m.step for m in client.get_metric_history(shipped.info.run_id, "eval/fid")) == dict.fromkeys(range(5), 1)
     assert Counter(m.step for m in client.get_metric_history(shipped.info.run_id, "eval/kid")) == dict.fromkeys(range(5), 1)
+    assert previews(client, shipped) == [3]
     assert len(shipped.inputs.dataset_inputs) == 1
 
 
-def test_shipping_an_interrupted_trainings_journal_keeps_what_resuming_needs(root, client, monkeypatch):
+def test_shipping_an_interrupted_runs_journal_keeps_what_resuming_needs(root, client):
     folder = root / ".resume" / "interrupted"
     with pytest.raises(KeyboardInterrupt), start_run("train", {}, root, folder) as run:
         (folder / "state-00000010.pt").write_bytes(b"state")
         run.metrics(1, {"train/loss": 1.0})
         run.tags({"marker": "interrupted"})
         raise KeyboardInterrupt
-    ship(folder, monkeypatch)
+    with hold(folder), pytest.raises(UserError, match=f"^{folder}: its run is under way$"):
+        tracking.ship(folder, root)
+    tracking.ship(folder, root)
     assert (folder / "state-00000010.pt").read_bytes() == b"state"
     assert one(client, "tags.marker = 'interrupted'").info.status == "KILLED"
     with start_run("train", {}, root, folder) as run:
@@ -366,11 +471,19 @@ def test_shipping_an_interrupted_trainings_journal_keeps_what_resuming_needs(roo
     assert history(client, one(client, "tags.marker = 'interrupted'"), "train/loss") == [(1, 1.0), (2, 2.0)]
 
 
-@pytest.mark.parametrize("arguments", [[], ["nowhere"], ["a", "b"]])
-def test_shipping_what_is_no_journal(monkeypatch, arguments):
-    monkeypatch.setattr(sys, "argv", ["tracking.py", *arguments])
-    with pytest.raises(SystemExit, match=r"^usage: python src/ddpm/tracking\.py FOLDER"):
-        tracking.main()
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one folder is needed: python src/ship.py .resume/…, as the run's warning said"),
+        (["a", "b"], "one folder is needed: python src/ship.py .resume/…, as the run's warning said"),
+        (["/nowhere"], "/nowhere: holds no journal.jsonl; it has been shipped, or is another folder than the warning named"),
+    ],
+)
+def test_shipping_what_is_no_journal(monkeypatch, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["ship.py", *arguments])
+    with pytest.raises(UserError) as caught:
+        ship.main()
+    assert str(caught.value) == message
 
 
 def test_metrics_from_a_busy_program_all_arrive(root, client, capsys):
@@ -402,8 +515,9 @@ def test_entries_may_be_appended_while_leading_metrics_are_taken():
     thread.start()
     try:
         for _ in range(300):
-            batch = tracking._leading_metrics(queue)
+            batch = tracking._leading_metrics(queue, 1000)
             assert [e["step"] for e in batch[:500]] == list(range(500))
+            assert len(tracking._leading_metrics(queue, 7)) == 7
     finally:
         stop.set()
         thread.join()
@@ -479,34 +593,24 @@ def test_an_unreachable_server_delays_nothing_and_gets_everything_later(root, of
     assert process.returncode == 0, errors
     block, ending = map(float, output.split())
     assert block < 5
-    assert ending < 15
+    assert ending < 20
     warning = errors.strip().splitlines()[-1]
     assert warning.startswith(f"warning: MLflow at {address} has not taken all of this run")
-    assert "it is kept, and `python src/ddpm/tracking.py " in warning and warning.endswith("` ships it")
+    assert "(Connection refused); it is kept, and `python src/ship.py " in warning and warning.endswith("` ships it")
+    address_known, *_ = (line for line in errors.splitlines() if line.startswith("warning"))
+    assert address_known == (
+        f"warning: MLflow at {address}: Connection refused; the run goes on, and MLflow gets everything once it answers"
+    )
     script, folder = warning.split("`")[1].split()[1:]
     assert Path(folder).is_dir() and Path(folder).parent == offline[1] / "root" / ".resume"
     assert not Path(folder).with_name("whole").exists()  # the next run of this configuration is another
 
     environment = ENVIRONMENT | {"MLFLOW_TRACKING_URI": address, "MLFLOW_EXPERIMENT_NAME": "elsewhere"}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    with pytest.raises(SystemExit, match=f"^error: MLflow at {address}: "):
-        ship(Path(folder), monkeypatch)
+    with pytest.raises(UserError, match=f"^MLflow at {address}: Connection refused$"):
+        tracking.ship(Path(folder), root)
 
-    shutil.copy(root / "mlflow.db", tmp_path / "server.db")  # creating another takes longer
-    server = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", address.rpartition(":")[2]),
-            *("--workers", "1", "--backend-store-uri", f"sqlite:///{tmp_path}/server.db"),
-            *("--artifacts-destination", tmp_path / "artifacts"),
-        ],
-        cwd=tmp_path,
-        env=ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        wait_for(f"{address}/health", server)
+    with Server(address, tmp_path, root / "mlflow.db"):
         command = [sys.executable, script, folder]
         shipped = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
         assert shipped.returncode == 0, shipped.stderr
@@ -518,17 +622,176 @@ def test_an_unreachable_server_delays_nothing_and_gets_everything_later(root, of
         run = one(client, "tags.dvc_exp_name = 'bold-name'", "elsewhere")
         assert run.info.artifact_uri.startswith("mlflow-artifacts:")
         check_whole_run(client, run)
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
-def wait_for(url: str, server: subprocess.Popen) -> None:
-    for _ in range(600):
-        assert server.poll() is None
-        try:
-            urllib.request.urlopen(url, timeout=1)
-            return
-        except OSError:
+class Server:
+    """An MLflow server at `address` over a copy of `database`, as creating another would take longer; ready once entered."""
+
+    def __init__(self, address: str, folder: Path, database: Path):
+        self.address, self.folder = address, folder
+        shutil.copy(database, folder / "server.db")
+
+    def __enter__(self):
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", self.address.rpartition(":")[2]),
+                *("--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"),
+                *("--artifacts-destination", self.folder / "artifacts"),
+            ],
+            cwd=self.folder,
+            env=ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        for _ in range(600):
+            assert self.process.poll() is None
+            try:
+                urllib.request.urlopen(f"{self.address}/health", timeout=1)
+                return self
+            except OSError:
+                time.sleep(0.1)
+        raise AssertionError(f"{self.address} doesn't answer")
+
+    def signal(self, number: int) -> None:
+        """To all its processes."""
+        os.killpg(self.process.pid, number)
+
+    def __exit__(self, *_):
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def test_a_server_that_hangs_dies_and_comes_back_gets_everything_and_holds_nobody_up(root, tmp_path, monkeypatch, capsys):
+    import mlflow
+
+    address, slowest = f"http://127.0.0.1:{free_port()}", 0.0
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    (tmp_path / "model.pth").write_bytes(b"weights" * 1000)
+    server = Server(address, tmp_path, root / "mlflow.db")
+
+    def log(steps: range) -> None:
+        nonlocal slowest
+        for step in steps:
+            began = time.monotonic()
+            run.metrics(step, {"train/loss": float(step)})
+            if step % 50 == 0:
+                run.preview(step, picture(step))
+            slowest = max(slowest, time.monotonic() - began)
+            time.sleep(0.01)
+
+    def arrived() -> None:
+        for _ in range(600):
+            if not run.queue:
+                return
             time.sleep(0.1)
-    raise AssertionError(f"{url} doesn't answer")
+        raise AssertionError(f"still to be shipped: {len(run.queue)} entries; {run.store.problem}")
+
+    with server, start_run("train", {"a": 1}, tmp_path / "root") as run:
+        log(range(0, 100))
+        arrived()
+        server.signal(signal.SIGSTOP)
+        log(range(100, 200))
+        run.artifact(tmp_path / "model.pth", "while-it-hung")
+        time.sleep(8)  # a request gives up after five
+        server.signal(signal.SIGCONT)
+        log(range(200, 250))
+        arrived()
+        server.__exit__()
+        log(range(250, 350))
+        run.artifact(tmp_path / "model.pth", "while-it-was-dead")
+        time.sleep(3)
+        server.__enter__()
+        log(range(350, 400))
+        arrived()
+        run.tags({"marker": "back"})
+        assert slowest < 1
+    assert list((tmp_path / "root/.resume").iterdir()) == []
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 2 and all(line.startswith(f"warning: MLflow at {address}: ") for line in warnings)
+
+    with server:
+        client = mlflow.MlflowClient(address)
+        stored = one(client, "tags.marker = 'back'")
+        assert stored.info.status == "FINISHED"
+        losses = client.get_metric_history(stored.info.run_id, "train/loss")
+        assert [(m.step, m.value) for m in sorted(losses, key=lambda m: (m.timestamp, m.step))] == [(s, s) for s in range(400)]
+        assert previews(client, stored) == list(range(0, 400, 50))
+        for name in ("while-it-hung", "while-it-was-dead"):
+            path = client.download_artifacts(stored.info.run_id, f"{name}/model.pth", tmp_path)
+            assert Path(path).read_bytes() == b"weights" * 1000
+
+
+@pytest.fixture
+def silent():
+    """The address of a server that accepts connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(100)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_server_that_never_answers_is_told_once_and_does_not_hold_up_the_end(silent, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", silent)
+    began, said = time.monotonic(), ""
+    with start_run("sample", {}, tmp_path) as run:
+        run.metrics(0, {"sample/seconds": 1.0})
+        while not said and time.monotonic() - began < 60:
+            time.sleep(0.05)
+            said += capsys.readouterr().err
+        assert said == f"warning: MLflow at {silent}: timed out; the run goes on, and MLflow gets everything once it answers\n"
+        assert time.monotonic() - began < 10
+        began = time.monotonic()
+    assert time.monotonic() - began < 20
+    kept = next(path for path in (tmp_path / ".resume").iterdir() if path.is_dir())
+    assert kept.name.startswith("unshipped-")
+    assert capsys.readouterr().err == (
+        f"warning: MLflow at {silent} has not taken all of this run (timed out); "
+        f"it is kept, and `python src/ship.py {kept}` ships it\n"
+    )
+    run.thread.join(10)
+    assert not run.thread.is_alive()
+
+
+def test_where_mlflow_is_required_its_absence_ends_the_stage(tmp_path, monkeypatch, capsys):
+    address = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(UserError) as caught, start_run("train", {}, tmp_path, required=True):
+        raise AssertionError("it began")
+    assert str(caught.value) == f"MLflow at {address}: Connection refused; start it, or set runtime.require_mlflow: false"
+    assert capsys.readouterr().err == ""
+
+
+def test_where_mlflow_is_required_and_there_all_is_as_ever(root, client):
+    with start_run("sample", {}, root, required=True) as run:
+        run.metrics(0, {"a": 1.0})
+        run.tags({"marker": "required"})
+    assert one(client, "tags.marker = 'required'").data.metrics == {"a": 1.0}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from ddpm.tracking import start_run
+
+root, number = Path(sys.argv[1]), sys.argv[2]
+with start_run("sample", {"number": number}, root, root / ".resume" / f"writer-{number}") as run:
+    run.tags({"marker": f"writer {number}"})
+    for step in range(2000):
+        run.metrics(step, {"a": float(step), "b": -float(step)})
+    run.artifact(Path(sys.executable).with_name("mlflow"), "file")
+"""
+
+
+def test_four_at_once_lose_nothing(root, client):
+    writers = [python(WRITER, root, n) for n in range(4)]
+    for writer in writers:
+        _, errors = writer.communicate(timeout=240)
+        assert (writer.returncode, errors) == (0, "")
+    for n in range(4):
+        run = one(client, f"tags.marker = 'writer {n}'")
+        assert run.info.status == "FINISHED"
+        assert artifacts(client, run, "file") == ["file/mlflow"]
+        for name, sign in (("a", 1), ("b", -1)):
+            values = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
+            assert sorted(values) == [(step, sign * step) for step in range(2000)]

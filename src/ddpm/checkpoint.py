@@ -1,18 +1,15 @@
-"""The trained model as one file, and the training state of a run that has not finished."""
+"""The trained model as one file."""
 
-import io
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ddpm.diffusion import Diffusion
-from ddpm.files import load_tensors, read_verified, serialise, write_atomic, write_verified
+from ddpm.files import load_tensors, serialise, write_atomic
 from ddpm.params import UserError
 from ddpm.unet import UNet
 
-KEPT_STATES = 2  # the newest, and one to fall back to if the newest is damaged
 MADE_BY = "dvc repro train"
 
 
@@ -39,19 +36,3 @@ def load_model(path: Path, device: torch.device) -> tuple[UNet, Diffusion, float
         ) from None
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return model, diffusion.to(device), content["label_dropout"]
-
-
-def save_state(folder: Path, step: int, state: dict) -> None:
-    """Keep the training state after `step` steps, and the one before it."""
-    write_verified(folder / f"state-{step:08d}.pt", serialise(state))
-    for old in sorted(folder.glob("state-*.pt"))[:-KEPT_STATES]:
-        old.unlink()
-
-
-def load_state(folder: Path) -> dict | None:
-    """The newest undamaged training state in `folder`, on the CPU; None where there is none."""
-    for path in sorted(folder.glob("state-*.pt"), reverse=True):
-        if data := read_verified(path):
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        print(f"warning: {path} is damaged; falling back to the state before it", file=sys.stderr)
-    return None

@@ -79,32 +79,28 @@ def download(raw: Path, cache: Path, folder: Path | None = None, mirrors: Sequen
     """
     missing = [name for name in FILES if not _is_verified(cache / name)]
     failures = []
-    sources: list[tuple[str, Callable]] = []
-    if folder is not None:
-        sources.append((f"folder {folder}", lambda names: _one_by_one(_from_folder, folder, names)))
-    for mirror in mirrors:
-        sources.append((f"mirror {mirror}", lambda names, mirror=mirror: _one_by_one(_from_mirror, mirror, names)))
-    if debian:
-        sources.append((f"Debian package {DEBIAN_PACKAGE}", _from_debian))
-
-    for source, fetch in sources:
-        if not missing:
-            break
-        print(f"trying {source}", file=sys.stderr)
-        try:
-            for name, get in fetch(list(missing)):
+    with tempfile.TemporaryDirectory() as temporary:
+        sources: list[tuple[str, Callable[[str], bytes]]] = []
+        if folder is not None:
+            sources.append((f"folder {folder}", partial(_from_folder, folder)))
+        sources += [(f"mirror {mirror}", partial(_from_mirror, mirror)) for mirror in mirrors]
+        if debian:
+            sources.append((f"Debian package {DEBIAN_PACKAGE}", partial(_from_debian, Path(temporary))))
+        for source, get in sources:
+            if missing:
+                print(f"trying {source}", file=sys.stderr)
+            for name in list(missing):
                 try:
-                    data = get()
+                    data = get(name)
                     _verify(name, data)
-                except FileError as error:
+                except SourceError as error:
                     failures.append(f"{source}: {error}")
                     print(f"  failed: {error}", file=sys.stderr)
-                    continue
+                    if isinstance(error, FileError):
+                        continue
+                    break
                 write_atomic(cache / name, data)
                 missing.remove(name)
-        except SourceError as error:
-            failures.append(f"{source}: {error}")
-            print(f"  failed: {error}", file=sys.stderr)
     if missing:
         raise UserError(
             f"Fashion-MNIST could not be had: {', '.join(missing)} missing. Tried:\n"
@@ -144,11 +140,6 @@ def _unpack(name: str, data: bytes) -> bytes:
         raise FileError(f"{name}.gz is not a whole gzip file ({error})") from None
 
 
-def _one_by_one(get: Callable, source: Path | str, names: list[str]):
-    for name in names:
-        yield name, partial(get, source, name)
-
-
 def _from_folder(folder: Path, name: str) -> bytes:
     packed, unpacked = folder / f"{name}.gz", folder / name
     try:
@@ -178,33 +169,37 @@ def _from_mirror(mirror: str, name: str) -> bytes:
     return _unpack(name, bytes(data))
 
 
-def _from_debian(names: list[str]):
+def _from_debian(temporary: Path, name: str) -> bytes:
+    unpacked = temporary / "unpacked"
+    if not unpacked.exists():
+        _unpack_package(temporary, unpacked)
+    path = unpacked / "usr/share/datasets/fashion-mnist" / f"{name}.gz"
+    if not path.is_file():
+        raise SourceError(f"it has no {path.name}")
+    return _unpack(name, path.read_bytes())
+
+
+def _unpack_package(temporary: Path, unpacked: Path) -> None:
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise SourceError(f"this machine has no {tool}")
-    with tempfile.TemporaryDirectory() as folder:
-        options = ["-o", f"Acquire::http::Timeout={CONNECT_TIMEOUT}", "-o", "Acquire::Retries=1", "-o", "APT::Sandbox::User="]
-        private = [  # a package list of our own, where the machine's is empty or old: no root needed
-            *("-o", f"Dir::State::Lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"),
-        ]
-        download = ["download", DEBIAN_PACKAGE]
-        try:
-            _run(["apt-get", *options, *download], folder)
-        except SourceError:
-            Path(folder, "lists/partial").mkdir(parents=True)
-            Path(folder, "cache/archives/partial").mkdir(parents=True)
-            _run(["apt-get", *options, *private, "update"], folder)
-            _run(["apt-get", *options, *private, *download], folder)
-        package = next(Path(folder).glob("*.deb"))
-        _run(["dpkg-deb", "-x", str(package), "unpacked"], folder)
-        for name in names:
-            path = Path(folder, "unpacked/usr/share/datasets/fashion-mnist", f"{name}.gz")
-            if not path.is_file():
-                raise SourceError(f"{package.name} has no {path.name}")
-            yield name, partial(_unpack, name, path.read_bytes())
+    options = ["-o", f"Acquire::http::Timeout={CONNECT_TIMEOUT}", "-o", "Acquire::Retries=1", "-o", "APT::Sandbox::User="]
+    private = [  # a package list of our own, where the machine's is empty or old: no root needed
+        *("-o", f"Dir::State::Lists={temporary}/lists", "-o", f"Dir::Cache={temporary}/cache"),
+    ]
+    download = ["download", DEBIAN_PACKAGE]
+    try:
+        _run(["apt-get", *options, *download], temporary)
+    except SourceError:
+        (temporary / "lists/partial").mkdir(parents=True)
+        (temporary / "cache/archives/partial").mkdir(parents=True)
+        _run(["apt-get", *options, *private, "update"], temporary)
+        _run(["apt-get", *options, *private, *download], temporary)
+    package = next(temporary.glob("*.deb"))
+    _run(["dpkg-deb", "-x", str(package), str(unpacked)], temporary)
 
 
-def _run(command: list[str], folder: str) -> None:
+def _run(command: list[str], folder: Path) -> None:
     """Run a command whose own progress goes to the terminal; its last error line is the reason if it fails."""
     process = subprocess.run(command, cwd=folder, stdout=sys.stderr.fileno(), stderr=subprocess.PIPE, text=True, check=False)
     if process.returncode != 0:

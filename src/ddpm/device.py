@@ -1,17 +1,22 @@
 """Which processor the work runs on, set up to give the same bytes every time."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
 
 from ddpm.params import UserError
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")  # in what PyTorch raises
 
-def select_device(name: str, tf32: bool = True) -> torch.device:
+
+def select_device(name: str, tf32: bool = True, deterministic: bool = True) -> torch.device:
     """The device called `name` ("auto": CUDA, else Apple's MPS, else the CPU), with or without TF32 on CUDA.
 
-    Raises UserError where the machine has no such device.
+    `deterministic`: on CUDA, only with kernels that give the same bytes every time. Raises UserError where the machine has
+    no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -24,10 +29,10 @@ def select_device(name: str, tf32: bool = True) -> torch.device:
             )
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
-        # the same bytes every time: no kernels that add in an order of their own
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by deterministic algorithms
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)  # no kernels that add in an order of their own
         torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.backends.cudnn.benchmark = not deterministic
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("runtime.device: 'mps', but PyTorch sees no Apple GPU here; use auto or cpu")
     return torch.device(name)
@@ -36,3 +41,14 @@ def select_device(name: str, tf32: bool = True) -> torch.device:
 def can_compile(device: torch.device) -> bool:
     """Whether compiling pays there and can be done: on CUDA, with the compiler that torch.compile needs for it."""
     return device.type == "cuda" and find_spec("triton") is not None
+
+
+@contextmanager
+def enough_memory(device: torch.device, remedy: str) -> Iterator[None]:
+    """Raise UserError that ends in `remedy` where the work inside takes more memory than the device has."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in NO_MEMORY):
+            raise
+        raise UserError(f"{device} is out of memory; {remedy}") from None

@@ -5,7 +5,6 @@ committed (`models/classifier.pth`), with their SHA-256 and recipe beside them (
 """
 
 import hashlib
-import io
 import json
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddpm.files import file_sha256, load_tensors, read_verified, serialise, write_verified
+from ddpm.files import file_sha256, load_tensors, read_verified, write_verified
 from ddpm.params import UserError
 
 PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of the training set, pixels in [0, 1]
@@ -93,9 +92,8 @@ def extract_cached(classifier: Classifier, images: Tensor, device: torch.device,
         digest.update(weight.cpu().numpy().tobytes())
     digest.update(f"{torch.__version__} {device} {torch.get_num_threads()}".encode())  # what rounding depends on
     path = cache / f"features-{digest.hexdigest()[:16]}.pt"
-    if data := read_verified(path):
-        content = torch.load(io.BytesIO(data), weights_only=True)
+    if content := read_verified(path):
         return content["features"], content["predictions"]
     features, predictions = extract(classifier, images, device)
-    write_verified(path, serialise({"features": features, "predictions": predictions}))
+    write_verified(path, {"features": features, "predictions": predictions})
     return features, predictions

@@ -34,10 +34,14 @@ def sheet(images: Tensor, columns: int, row_names: Sequence[str] = ()) -> Image.
     return canvas
 
 
-def save_png(path: Path, picture: Image.Image) -> None:
+def png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_png(path: Path, picture: Image.Image) -> None:
+    write_atomic(path, png(picture))
 
 
 def save_gif(path: Path, frames: Sequence[Image.Image], frame_ms: int = 100, hold_ms: int = 2500) -> None:

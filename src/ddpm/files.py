@@ -4,14 +4,19 @@
 bytes: everything is serialised in memory and put in place by write, fsync, rename, fsync of the folder.
 """
 
+import glob
 import hashlib
 import io
 import os
 import pickle
+import platform
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
 from ddpm.params import UserError
@@ -26,42 +31,66 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise UserError where the system doesn't let `path` be written: no space, no permission, something in its place."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror})") from None
+
+
+def sync(path: Path) -> None:
+    """Return when what was written to the file or folder would survive a power cut."""
+    if os.name == "posix":  # Windows can't open a folder to sync it
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader, or a power cut, sees the whole file or none of it.
 
     Raises UserError if the folder can't be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    stem = f".{path.name}.{platform.node()}."
+    temporary = path.with_name(f"{stem}{os.getpid()}.tmp")
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-        if os.name == "posix":  # Windows can't open a folder to sync it
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path}: can't be written ({error.strerror})") from None
+        for left in path.parent.glob(f"{glob.escape(stem)}*.tmp"):  # by processes that were killed while they wrote
+            number = left.name.removeprefix(stem).removesuffix(".tmp")
+            if number.isdigit() and not psutil.pid_exists(int(number)):
+                left.unlink(missing_ok=True)
+        try:
+            temporary.write_bytes(data)
+            sync(temporary)
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        sync(path.parent)
 
 
-def write_verified(path: Path, data: bytes) -> None:
-    """Write `data` atomically, behind its hash, for `read_verified`."""
+def write_verified(path: Path, obj: object) -> None:
+    """Write tensors and plain values atomically, behind their hash, for `read_verified`."""
+    data = serialise(obj)
     write_atomic(path, hashlib.sha256(data).digest() + data)
 
 
-def read_verified(path: Path) -> bytes | None:
-    """The data that `write_verified` wrote; None if the file is missing or damaged."""
-    content = path.read_bytes() if path.is_file() else b""
+def read_verified(path: Path) -> Any | None:
+    """What `write_verified` wrote, on the CPU; None if the file is missing, unreadable or damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
     digest, data = content[:32], content[32:]
-    return data if hashlib.sha256(data).digest() == digest else None
+    if hashlib.sha256(data).digest() != digest:
+        return None
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def serialise(obj: object) -> bytes:

@@ -4,6 +4,7 @@ import difflib
 import math
 import os
 import reprlib
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,14 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 
 class UserError(Exception):
     """A mistake that the user can mend: shown as it is, without a traceback."""
+
+
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C asked the program to stop; no `except Exception` holds it up."""
+
+    def __init__(self, number: int, message: str = "stopped; the same command goes on"):
+        super().__init__(message)
+        self.exit_status = 128 + number
 
 
 def allowed(what: str) -> WrapValidator:
@@ -121,6 +130,8 @@ class EvaluateParams(Section):
 class RuntimeParams(Section):
     device: Device
     compile: Annotated[Literal["auto", True, False], allowed("auto, true or false")]
+    deterministic: bool
+    require_mlflow: bool
     data_folder: str | None
 
 
@@ -149,6 +160,18 @@ class Params(Section):
         return self
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's plain types; a key that a section has twice, of which PyYAML would take the last, is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(problem=f"the key {key.value} a second time", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read and validate `path`. Raises UserError with a line for each fault: the key's path, the value, what is allowed."""
     try:
@@ -165,7 +188,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 def parse_params(text: str, path: Path) -> Params:
     """The parameters that the YAML in `text` spells; `path` is what errors call it. Raises UserError as `load_params`."""
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # 2020-99-99: a ValueError
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -248,12 +271,20 @@ def project_root() -> Path:
 
 @contextmanager
 def clean_errors() -> Iterator[None]:
-    """End the program with one line and exit status 1 where the user's mistake, not the code's, is the cause."""
+    """End the program with one line where the user's mistake (exit status 1) or a signal (143, 130) is the cause."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise Stopped(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stopped:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_status)

@@ -5,15 +5,15 @@ batches; what fails stays queued and is tried again. A run that is interrupted a
 and goes on in the same MLflow run: a step that it computes again keeps its journalled value and time, and since MLflow
 keys metrics by both, shipping the whole journal once more makes no doubles.
 
-`python src/ddpm/tracking.py FOLDER` ships a journal that was left behind because the store could not be reached.
+A journal that was left behind because the store could not be reached is shipped by `src/ship.py`.
 """
 
 import json
 import logging
 import os
 import platform
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -21,9 +21,14 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice, takewhile
 from pathlib import Path
+
+from ddpm.files import sync
+from ddpm.journal import Journal
+from ddpm.params import UserError
+from ddpm.resume import hold
 
 EXPERIMENT = "fashion-mnist-ddpm"  # MLFLOW_EXPERIMENT_NAME names another
 RETRY_SECONDS = 2
@@ -34,7 +39,7 @@ REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST") 
 MAX_BATCH = 1000  # metrics that MLflow takes in one call
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 
 
@@ -49,47 +54,32 @@ def tracking_uri(root: Path) -> str:
     return uri
 
 
-class Journal:
-    """The lines of one MLflow run, in a folder of its own with the files that are still to be shipped."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.path = folder / "journal.jsonl"
-        self.outbox = folder / "outbox"
-        self.outbox.mkdir(parents=True, exist_ok=True)
-        text = self.path.read_text() if self.path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # a torn last line was never a record
-        self.entries = [json.loads(line) for line in whole.splitlines()]
-        if whole != text:
-            self.path.write_text(whole)
-        self.file = self.path.open("a", buffering=1)
-
-    def append(self, entry: dict) -> None:
-        self.file.write(json.dumps(entry) + "\n")
-
-    def deposit(self, path: Path) -> str:
-        """Copy a file, under its own name, into a new folder of the outbox; it leaves it when it has been shipped."""
-        folder = uuid.uuid4().hex[:8]
-        hidden = self.outbox / f".{folder}"
-        hidden.mkdir()
-        shutil.copyfile(path, hidden / path.name)
-        hidden.rename(self.outbox / folder)
-        return f"{folder}/{path.name}"
-
-
 class Run:
     """One MLflow run. Its methods return at once; `finish` waits for the store, but not for ever."""
 
     def __init__(self, root: Path, folder: Path, start: dict):
-        self.root, self.journal = root, Journal(folder)
+        self.journal = Journal(folder)
         self.queue = deque(e for e in self.journal.entries if "end" not in e)  # it has not ended after all
         self.logged = {(e.get("metric", "preview"), e["step"]) for e in self.queue if "step" in e}
-        self.shipped = False
-        self.finishing = threading.Event()
-        if not self.journal.entries:
-            self._append({"start": {**start, "journal": uuid.uuid4().hex, "time": _now()}})
-        self.store = Store(root, self.journal, next(e["start"] for e in self.queue if "start" in e))
+        self.start = {**start, "journal": uuid.uuid4().hex, "time": _now()}
+        self.store = Store(root, self.journal, next((e["start"] for e in self.queue if "start" in e), self.start))
+        self.finishing, self.shipped, self.refused = threading.Event(), threading.Event(), False
         self.thread = threading.Thread(target=self._ship, daemon=True)
+
+    def begin(self, required: bool) -> None:
+        """Raises UserError if the store is required and can't be reached; then there is no run."""
+        if new := not self.journal.entries:
+            self._append({"start": self.start})
+        if required:
+            self.journal.sync()
+            try:
+                self.store.open()
+            except Exception as error:
+                self.refused = True
+                if new:
+                    self.journal.path.unlink()
+                cause = _root_cause(error)
+                raise UserError(f"MLflow at {self.store.uri}: {cause}; start it, or set runtime.require_mlflow: false") from None
         self.thread.start()
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
@@ -98,14 +88,14 @@ class Run:
                 self.logged.add((name, step))
                 self._append({"metric": name, "value": value, "step": step, "time": _now()})
 
-    def preview(self, step: int, image: Path) -> None:
+    def preview(self, step: int, png: bytes) -> None:
         """An image that the UI shows under a slider of steps."""
         if ("preview", step) not in self.logged:
             self.logged.add(("preview", step))
-            self._append({"preview": self.journal.deposit(image), "step": step, "time": _now()})
+            self._append({"preview": self.journal.deposit("preview.png", png), "step": step, "time": _now()})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        self._append({"artifact": self.journal.deposit(path), "folder": folder})
+        self._append({"artifact": self.journal.deposit(path.name, path.read_bytes()), "folder": folder})
 
     def tags(self, values: dict[str, object]) -> None:
         self._append({"tags": {name: str(value) for name, value in values.items()}})
@@ -115,26 +105,39 @@ class Run:
 
     def best_evaluation(self, values: dict[str, float]) -> None:
         """Let the train run that this run evaluates carry these metrics, if they are its best yet."""
-        self._append({"best_evaluation": values})
+        self._append({"best_evaluation": values, "time": _now()})
 
     def finish(self, status: str) -> None:
-        """End the run. What the store has not taken by then is kept, and a printed command ships it."""
-        self._append({"end": status, "time": _now()})
+        """End the run. What the store has not taken by then is kept, and a printed command ships it.
+
+        The folder of a FINISHED run is removed, the journal after the states: whoever is killed in between goes on in the
+        same MLflow run.
+        """
+        if self.refused:
+            self.journal.file.close()
+            return
+        end = {"end": status, "time": _now()}
+        with suppress(UserError):  # the disk is full; the store may take it all the same
+            self.journal.append(end)
+        self.queue.append(end)
         self.finishing.set()
-        began = time.monotonic()
-        while self.thread.is_alive() and time.monotonic() - began < self.store.patience:
-            self.thread.join(0.1)
+        if self.thread.ident is None:  # a signal was quicker
+            self.thread.start()
+        self.store.wait(self.thread)
         self.journal.file.close()
-        resumable = _is_resumable(self.store.start["stage"], status)
-        if self.shipped and not resumable:
-            shutil.rmtree(self.journal.folder)
-        elif not self.shipped:
-            folder = self.journal.folder
-            if not resumable:  # the next run of this configuration is a new one
-                folder = folder.rename(self.root / ".resume" / f"unshipped-{self.store.start['journal'][:12]}")
+        folder = self.journal.folder
+        if status == "FINISHED":
+            for state in folder.glob("*.pt"):
+                state.unlink()
+            sync(folder)
+            if self.shipped.is_set():
+                shutil.rmtree(folder)
+            else:  # the next run of this configuration is a new one
+                folder = folder.rename(folder.with_name(f"unshipped-{self.store.start['journal'][:12]}"))
+        if not self.shipped.is_set():
             print(
                 f"warning: MLflow at {self.store.uri} has not taken all of this run ({self.store.problem or 'no answer'}); "
-                f"it is kept, and `python src/ddpm/tracking.py {folder}` ships it",
+                f"it is kept, and `python src/ship.py {folder}` ships it",
                 file=sys.stderr,
             )
 
@@ -143,20 +146,21 @@ class Run:
         self.queue.append(entry)
 
     def _ship(self) -> None:
-        while True:
+        while not self.store.given_up:
             try:
-                self.store.ship(self.queue)
-                if self.finishing.is_set() and not self.queue:
-                    self.shipped = True
+                finishing = self.finishing.is_set()  # asked first: then the queue has all there will be
+                if count := len(self.queue):
+                    self.journal.sync()  # or after a power cut the store would have what the journal forgot
+                    self.store.ship(self.queue, count)
+                elif finishing:
+                    self.shipped.set()
                     return
                 self.finishing.wait(SHIP_SECONDS)
             except ImportError as error:  # a machine without MLflow: the journal is shipped from another
-                self.store.problem = _first_line(error)
+                self.store.problem = _root_cause(error)
                 return
             except Exception as error:  # whatever the store's trouble is, the run goes on and the thread tries again
-                if self.store.problem is None:
-                    print(f"warning: MLflow at {self.store.uri}: {_first_line(error)}; still trying", file=sys.stderr)
-                self.store.problem = _first_line(error)
+                self.store.in_trouble(_root_cause(error))
                 time.sleep(RETRY_SECONDS)
 
 
@@ -168,22 +172,38 @@ class Store:
         self.uri = tracking_uri(root)
         self.is_local = "://" not in self.uri or self.uri.startswith(("sqlite:", "file:"))
         self.problem: str | None = None  # the last one, while it lasts
+        self.problem_since = 0.0
+        self.given_up = False
         self.client = self.run_id = self.parent_id = self.monitor = None
 
-    @property
-    def patience(self) -> int:
-        """Seconds to wait for it at the end."""
-        return EXIT_SECONDS if self.problem or not self.is_local else SLOW_SECONDS
+    def in_trouble(self, problem: str) -> None:
+        if self.problem is None:
+            print(
+                f"warning: MLflow at {self.uri}: {problem}; the run goes on, and MLflow gets everything once it answers",
+                file=sys.stderr,
+            )
+            self.problem_since = time.monotonic()
+        self.problem = problem
 
-    def ship(self, queue: deque[dict]) -> None:
-        """Send the queue's entries in order; each leaves the queue when the store has it."""
+    def wait(self, thread: threading.Thread) -> None:
+        """Till the thread that ships has done so, or the store has been slow or in trouble for too long."""
+        began = time.monotonic()
+        while thread.is_alive() and not self.given_up:
+            thread.join(0.1)
+            now = time.monotonic()
+            too_slow = now - began > SLOW_SECONDS
+            self.given_up = too_slow or (self.problem is not None and now - max(began, self.problem_since) > EXIT_SECONDS)
+
+    def ship(self, queue: deque[dict], count: int) -> None:
+        """Send the queue's first `count` entries in order; each leaves the queue when the store has it."""
         if self.run_id is None:
-            self._open()
+            self.open()
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
 
-        while queue:
-            batch = [Metric(e["metric"], e["value"], e["time"], e["step"]) for e in _leading_metrics(queue)]
+        while count and not self.given_up:
+            metrics = _leading_metrics(queue, min(count, MAX_BATCH))
+            batch = [Metric(e["metric"], e["value"], e["time"], e["step"]) for e in metrics]
             if batch:
                 self.client.log_batch(self.run_id, metrics=batch)
             else:
@@ -192,15 +212,14 @@ class Store:
                 except MlflowException as error:
                     if error.error_code not in REFUSED:
                         raise
-                    print(
-                        f"warning: MLflow at {self.uri} refused to log {next(iter(queue[0]))}: {_first_line(error)}",
-                        file=sys.stderr,
-                    )
+                    said = str(error).splitlines()[0][:200]
+                    print(f"warning: MLflow at {self.uri} refused to log {next(iter(queue[0]))}: {said}", file=sys.stderr)
             for _ in range(max(len(batch), 1)):
                 queue.popleft()
+                count -= 1
         self.problem = None
 
-    def _open(self) -> None:
+    def open(self) -> None:
         """Connect, and create the run unless an earlier process with this journal already did."""
         import mlflow
         from filelock import FileLock
@@ -249,12 +268,7 @@ class Store:
         elif "preview" in entry:
             path = self.journal.outbox / entry["preview"]
             if path.exists():  # or it was shipped before this process resumed the run
-                from PIL import Image
-
-                with Image.open(path) as image:
-                    self.client.log_image(
-                        self.run_id, image, key="samples", step=entry["step"], timestamp=entry["time"], synchronous=True
-                    )
+                self._log_image(path, entry["step"], entry["time"])
                 shutil.rmtree(path.parent)
         elif "artifact" in entry:
             path = self.journal.outbox / entry["artifact"]
@@ -267,7 +281,7 @@ class Store:
         elif "dataset" in entry:
             self._log_dataset(**entry["dataset"])
         elif "best_evaluation" in entry:
-            self._log_best_evaluation(entry["best_evaluation"])
+            self._log_best_evaluation(entry["best_evaluation"], entry["time"])
         elif "end" in entry:
             if self.monitor:
                 self.monitor.finish()
@@ -286,7 +300,16 @@ class Store:
         dataset = Dataset(name, digest, "local", json.dumps({"uri": source}), profile=json.dumps(profile))
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
-    def _log_best_evaluation(self, values: dict[str, float]) -> None:
+    def _log_image(self, path: Path, step: int, timestamp: int) -> None:
+        """MLflow gives every image another name: one that is there by its step and time is not logged again."""
+        from PIL import Image
+
+        there = re.compile(rf"step\W{step}\Wtimestamp\W{timestamp}\W.*compressed")  # the second of its two files
+        if not any(there.search(file.path) for file in self.client.list_artifacts(self.run_id, "images")):
+            with Image.open(path) as image:
+                self.client.log_image(self.run_id, image, key="samples", step=step, timestamp=timestamp, synchronous=True)
+
+    def _log_best_evaluation(self, values: dict[str, float], timestamp: int) -> None:
         """Put `values` on the train run unless it carries better ones.
 
         Better is a lower FID at an equal number of samples under the same evaluator; more samples are always better
@@ -305,18 +328,25 @@ class Store:
                 return
         from mlflow.entities import Metric
 
-        self.client.log_batch(self.parent_id, metrics=[Metric(name, value, _now(), 0) for name, value in values.items()])
+        self.client.log_batch(self.parent_id, metrics=[Metric(name, value, timestamp, 0) for name, value in values.items()])
         self.client.set_tag(self.parent_id, "best_evaluation", self.run_id)
 
 
 @contextmanager
 def start_run(
-    stage: str, params: dict, root: Path, folder: Path | None = None, checkpoint_sha256: str | None = None, device: str = "cpu"
+    stage: str,
+    params: dict,
+    root: Path,
+    folder: Path,
+    device: str = "cpu",
+    required: bool = False,
+    checkpoint_sha256: str | None = None,
 ) -> Iterator[Run]:
     """The MLflow run of a stage, FINISHED, FAILED or KILLED by how the block ends.
 
-    `folder` keeps the journal (by default one of its own under `root`). With `checkpoint_sha256` the run becomes a child
-    of the newest finished train run that made that checkpoint, if the store has one.
+    `folder` keeps the journal, beside the states (`*.pt`) that the stage could go on from, and is removed when the run has
+    FINISHED. With `checkpoint_sha256` the run becomes a child of the newest finished train run that made that checkpoint, if
+    the store has one. Raises UserError where MLflow is `required` and can't be reached.
     """
     name = os.environ.get("DVC_EXP_NAME")
     start = {
@@ -327,30 +357,40 @@ def start_run(
         "checkpoint_sha256": checkpoint_sha256,
         "system_metrics": stage == "train",
     }
-    run = Run(root, folder or root / ".resume" / f"{stage}-{uuid.uuid4().hex[:12]}", start)
-    if on_main := threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the run would stay RUNNING for ever
+    run = Run(root, folder, start)
     try:
+        run.begin(required)
         yield run
     except BaseException as error:
-        failed = isinstance(error, Exception) and not hasattr(error, "exit_status")
-        run.finish("FAILED" if failed else "KILLED")
+        run.finish("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
-    else:
-        run.finish("FINISHED")
-    finally:
-        if on_main:
-            signal.signal(signal.SIGTERM, before)
+    run.finish("FINISHED")
 
 
-def _is_resumable(stage: str, status: str | None) -> bool:
-    """Whether the journal must stay: a training that goes on appends to it."""
-    return stage == "train" and status != "FINISHED"
+def ship(folder: Path, root: Path) -> str:
+    """Send the store the whole journal in `folder`, once more what it has already; the store's address.
+
+    The folder is removed unless a run can go on in it. Raises UserError where that run is under way, or the store away.
+    """
+    with hold(folder):
+        journal = Journal(folder)
+        start = next((e["start"] for e in journal.entries if "start" in e), None)
+        if start is None:
+            raise UserError(f"{journal.path}: holds no run")
+        store, queue = Store(root, journal, {**start, "system_metrics": False}), deque(journal.entries)
+        try:
+            store.ship(queue, len(queue))
+        except Exception as error:
+            raise UserError(f"MLflow at {store.uri}: {_root_cause(error)}") from None
+        journal.file.close()
+        if journal.entries[-1].get("end") == "FINISHED" and not list(folder.glob("*.pt")):
+            shutil.rmtree(folder)
+    return store.uri
 
 
-def _leading_metrics(queue: deque[dict]) -> list[dict]:
+def _leading_metrics(queue: deque[dict], limit: int) -> list[dict]:
     entries = queue.copy()  # in one go: the program may append while these are looked at
-    return list(takewhile(lambda entry: "metric" in entry, islice(entries, MAX_BATCH)))
+    return list(takewhile(lambda entry: "metric" in entry, islice(entries, limit)))
 
 
 def _flatten(params: dict, prefix: str = "") -> dict[str, object]:
@@ -390,29 +430,9 @@ def _now() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
+def _root_cause(error: BaseException) -> str:
+    """What lies at the root of an error, on one line."""
+    while deeper := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = deeper
+    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
-
-
-def main() -> None:
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "journal.jsonl").is_file():
-        sys.exit("usage: python src/ddpm/tracking.py FOLDER, a folder under .resume/ that holds a journal.jsonl")
-    folder = Path(sys.argv[1]).resolve()
-    journal = Journal(folder)
-    start = next(e["start"] for e in journal.entries if "start" in e)
-    root = next((parent.parent for parent in folder.parents if parent.name == ".resume"), folder.parent)
-    store = Store(root, journal, {**start, "system_metrics": False})
-    try:
-        store.ship(deque(journal.entries))
-    except Exception as error:
-        sys.exit(f"error: MLflow at {store.uri}: {_first_line(error)}")
-    journal.file.close()
-    status = next((e["end"] for e in reversed(journal.entries) if "end" in e), None)
-    if not _is_resumable(start["stage"], status):
-        shutil.rmtree(folder)
-    print(f"shipped to MLflow at {store.uri}")
-
-
-if __name__ == "__main__":
-    main()

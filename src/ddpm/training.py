@@ -1,8 +1,6 @@
 """The training loop: batches, loss, optimiser, EMA, validation, in-training samples, resume."""
 
 import copy
-import hashlib
-import json
 import math
 import signal
 import time
@@ -13,15 +11,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddpm.checkpoint import load_state, save_state
 from ddpm.data import CLASSES, to_model_range, to_uint8
 from ddpm.diffusion import Diffusion, generator
 from ddpm.muon import Muon
-from ddpm.params import TrainParams, UserError
+from ddpm.params import Stopped, TrainParams, UserError
+from ddpm.resume import load_state, save_state
 from ddpm.samplers import ImageNoise, generate
 from ddpm.unet import Attention, ResBlock, UNet
 
@@ -34,20 +31,16 @@ PREVIEW_ROWS, PREVIEW_STEPS = 4, 20
 NULL_CLASS = len(CLASSES)
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop; its training state is saved."""
-
-    def __init__(self, signal_number: int, step: int):
-        super().__init__(f"stopped after step {step}; the same command goes on from there")
-        self.exit_status = 128 + signal_number
-
-
 class Log(Protocol):
     """Where the loop reports to; it changes nothing that the loop computes."""
 
     def metrics(self, step: int, values: dict[str, float]) -> None: ...
 
     def preview(self, step: int, images: Tensor) -> None: ...
+
+    def sync(self) -> None:
+        """Return when a power cut can't undo what was reported."""
+        ...
 
 
 @dataclass
@@ -140,6 +133,7 @@ def train(p: TrainParams, data: Data, device: torch.device, states: Path, log: L
             if done % p.report_every == 0 or done == p.steps:
                 report(p, done, ema, diffusion, data, validation_curve, log)
             if stop or time.monotonic() - saved_at > STATE_SECONDS:
+                log.sync()  # or the state could be ahead of what is known of the steps before it
                 save_state(
                     states,
                     done,
@@ -154,7 +148,7 @@ def train(p: TrainParams, data: Data, device: torch.device, states: Path, log: L
                 )
                 saved_at = time.monotonic()
             if stop:
-                raise Stopped(stop[0], done)
+                raise Stopped(stop[0], f"stopped after step {done}; the same command goes on from there")
             window_began = time.monotonic()
     return Trained(ema.state_dict(), train_curve, validation_curve)
 
@@ -267,12 +261,12 @@ def preview(p: TrainParams, model: UNet, diffusion: Diffusion, device: torch.dev
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and Ctrl-C append to, so that the loop stops between two steps; a second Ctrl-C interrupts."""
+    """A list that SIGTERM and Ctrl-C append to, so that the loop stops between two steps; a second Ctrl-C stops it at once."""
     received: list[int] = []
 
     def handle(number: int, _frame: object) -> None:
         if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Stopped(number)
         received.append(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -281,31 +275,3 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def fingerprint(p: TrainParams, files: list[Path]) -> str:
-    """Names a run by what its result depends on: parameters, and the bytes of data and source files."""
-    digest = hashlib.sha256(json.dumps(p.model_dump(), sort_keys=True).encode())
-    for path in files:
-        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
-
-
-@contextmanager
-def state_folder(folder: Path) -> Iterator[Path]:
-    """`folder`, or the first of folder-2, folder-3 … that no running process holds; theirs for as long as it lasts."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for n in range(1, 100):
-        candidate = folder if n == 1 else folder.with_name(f"{folder.name}-{n}")
-        lock = FileLock(candidate.with_suffix(".lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            continue
-        try:
-            candidate.mkdir(exist_ok=True)
-            yield candidate
-        finally:
-            lock.release()
-        return
-    raise UserError(f"{folder}: 99 runs of the same configuration are under way")

@@ -1,0 +1,177 @@
+"""Whole stages, started as users start them, on what they can't work with: one line, exit status 1, nothing half-written.
+
+The modules' own tests have the many ways in which parameters, data, samples and checkpoints can be wrong.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ddpm.checkpoint import save_model
+from ddpm.data import FILES
+from ddpm.unet import UNet
+
+ROOT = Path(__file__).resolve().parents[1]
+RAW, MODEL, SAMPLES = Path("data/FashionMNIST/raw"), Path("models/diffusion_model.pth"), Path("output/samples.npz")
+UNET = {"patch_size": 2, "channels": [8, 16], "blocks": 1, "attention": [], "heads": 2, "dropout": 0.0}
+DIFFUSION = {"timesteps": 5, "schedule": "cosine", "prediction": "v", "min_snr_gamma": 5.0}
+ANEW = "`dvc repro train` makes it anew"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The repository's code, params and classifier, and nothing that a stage has made."""
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "models").mkdir()
+    for name in ("classifier.pth", "classifier.json"):
+        shutil.copy(ROOT / "models" / name, tmp_path / "models")
+    return tmp_path
+
+
+def run(folder: Path, stage: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
+    command = [sys.executable, f"src/{stage}.py"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def params(folder: Path, **changes: object) -> None:
+    """Set `section__key` to a value."""
+    content = yaml.safe_load((folder / "params.yaml").read_text())
+    for name, value in changes.items():
+        section, key = name.split("__")
+        content[section][key] = value
+    (folder / "params.yaml").write_text(yaml.safe_dump(content))
+
+
+def small_model(folder: Path) -> None:
+    save_model(folder / MODEL, UNet(**UNET).state_dict(), UNET, DIFFUSION, 0.1)
+
+
+def no_params(folder: Path) -> None:
+    (folder / "params.yaml").unlink()
+
+
+def number_as_text(folder: Path) -> None:
+    params(folder, train__learning_rate="2e-4")
+
+
+def unknown_key(folder: Path) -> None:
+    params(folder, sample__step=10)
+
+
+def no_data(folder: Path) -> None: ...
+
+
+def damaged_data(folder: Path) -> None:
+    (folder / RAW).mkdir(parents=True)
+    for name in FILES:
+        (folder / RAW / name).write_bytes(b"\0" * 100)
+
+
+def no_cuda(folder: Path) -> None:
+    params(folder, runtime__device="cuda")
+
+
+def cut_model(folder: Path) -> None:
+    small_model(folder)
+    (folder / MODEL).write_bytes((folder / MODEL).read_bytes()[:-500])
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("the-code-ran",)
+
+
+def model_with_code(folder: Path) -> None:
+    (folder / MODEL).write_bytes(pickle.dumps({"weights": Payload()}))
+
+
+def model_with_code_in_an_archive(folder: Path) -> None:
+    torch.save({"weights": Payload(), "unet": UNET, "diffusion": DIFFUSION, "label_dropout": 0.1}, folder / MODEL)
+
+
+def model_of_few_timesteps(folder: Path) -> None:
+    small_model(folder)
+    params(folder, sample__steps=6)
+
+
+def no_samples(folder: Path) -> None: ...
+
+
+def damaged_samples(folder: Path) -> None:
+    (folder / "output").mkdir()
+    np.savez_compressed(folder / SAMPLES, images=np.zeros((10, 28, 28), np.uint8), labels=np.arange(10))
+    (folder / SAMPLES).write_bytes((folder / SAMPLES).read_bytes()[:200])
+
+
+def another_classifier(folder: Path) -> None:
+    card = folder / "models/classifier.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "sha256": "0" * 64}))
+
+
+CASES = [
+    ("train", no_params, "params.yaml: there is no such file here; run from the repository's root"),
+    ("download", number_as_text, "params.yaml: train.learning_rate: '2e-4' is text to YAML; write it as 0.0002"),
+    ("sample", unknown_key, "params.yaml: sample.step: there is no such key; did you mean steps?"),
+    ("train", no_data, f"{RAW}/train-images-idx3-ubyte: there is no such file; `python src/download.py` fetches it"),
+    (
+        "train",
+        damaged_data,
+        f"{RAW}/train-images-idx3-ubyte: not Fashion-MNIST's bytes (SHA-256 differs); `python src/download.py` fetches it again",
+    ),
+    pytest.param(
+        "train",
+        no_cuda,
+        "runtime.device: 'cuda', but PyTorch sees no CUDA device here; use auto or cpu",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA"),
+    ),
+    ("sample", no_data, f"{MODEL}: there is no such file; `dvc repro train` makes it"),
+    ("sample", cut_model, f"{MODEL}: damaged, or not a file of weights alone; {ANEW}"),
+    ("sample", model_with_code, f"{MODEL}: damaged, or not a file of weights alone; {ANEW}"),
+    ("sample", model_with_code_in_an_archive, f"{MODEL}: damaged, or not a file of weights alone; {ANEW}"),
+    ("sample", model_of_few_timesteps, f"params.yaml: sample.steps: 6, but {MODEL} has 5 timesteps; use at most as many"),
+    ("evaluate", no_samples, f"{SAMPLES}: there is no such file; `dvc repro sample` makes it"),
+    ("evaluate", damaged_samples, f"{SAMPLES}: damaged, or without images and labels; `dvc repro sample` makes it anew"),
+    (
+        "evaluate",
+        another_classifier,
+        "models/classifier.pth: not the classifier that classifier.json describes (SHA-256 differs); FIDs would not compare",
+    ),
+]
+
+
+@pytest.mark.parametrize(("stage", "arrange", "line"), CASES)
+def test_one_line_status_1_and_nothing_written(folder: Path, stage: str, arrange: Callable[[Path], None], line: str) -> None:
+    arrange(folder)
+    before = sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    done = run(folder, stage)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {line}\n")
+    assert sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts) == before
+
+
+def test_an_output_folder_that_can_not_be_written(folder: Path) -> None:
+    small_model(folder)
+    params(folder, sample__steps=2, sample__count=10)
+    (folder / "output").write_text("a file is in the way")
+    done = run(folder, "sample")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] in [
+        f"error: {SAMPLES}: can't be written ({reason})" for reason in ("Not a directory", "File exists")
+    ]
+    (folder / "output").unlink()
+    assert run(folder, "sample").returncode == 0  # what was drawn is not lost: it goes on from there
+    assert sorted(path.name for path in (folder / "output").iterdir()) == [
+        "denoising.gif", "denoising.png", "generated_samples.png", "samples.npz",
+    ]  # fmt: skip
