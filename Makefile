@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: setup repro test lint bench ui help
+.PHONY: setup repro test lint bench compare report ui serve help
 .DEFAULT_GOAL := help
 
 help:  ## these targets
@@ -27,9 +27,17 @@ bench: $(VENV)/.dev  ## this project beside its peers, in a quarter of an hour (
 	dvc repro --quiet
 	python bench/run.py
 
-ui: $(VENV)/.runtime  ## the MLflow UI, at http://127.0.0.1:5000
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --host 127.0.0.1 --port 5000 --workers 1 \
-		--backend-store-uri sqlite:///mlflow.db --artifacts-destination mlartifacts
+compare: $(VENV)/.runtime  ## the experiments side by side, the best first
+	@python src/compare.py
+
+report: $(VENV)/.runtime  ## output/report.html: the experiments on one page
+	@python src/report.py
+
+ui: $(VENV)/.runtime  ## the MLflow UI; prints the address of the runs
+	@python src/ui.py
+
+serve: $(VENV)/.runtime  ## garments by HTTP, at http://127.0.0.1:8000, from the best model
+	@python src/serve.py
 
 # uv installs in half a minute what takes pip several; it comes from where pip's packages come from.
 $(VENV)/bin/uv:

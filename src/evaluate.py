@@ -15,7 +15,7 @@ from ddpm.data import CLASSES, RAW, load_split
 from ddpm.device import enough_memory, select_device
 from ddpm.features import extract, extract_cached, load_classifier
 from ddpm.figures import save_png, sheet
-from ddpm.files import file_sha256, write_atomic
+from ddpm.files import file_md5, file_sha256, write_atomic
 from ddpm.metrics import fid, kid, memorisation, nearest, prdc
 from ddpm.params import UserError, clean_errors, load_params, project_root
 from ddpm.resume import fingerprint, imported_source, run_folder
@@ -45,7 +45,7 @@ def main() -> None:
         run_folder(root / ".resume" / name) as folder,
         tracking.start_run("evaluate", params.model_dump(), root, folder, str(device), required, checkpoint) as run,
     ):
-        run.tags({"samples": len(images), "evaluator_sha256": file_sha256(path)})
+        run.tags({"samples": len(images), "samples_md5": file_md5(SAMPLES), "evaluator_sha256": file_sha256(path)})
         cache = root / ".cache"
         samples, predicted = extract(classifier, images, device)
         train, _ = extract_cached(classifier, train_images, device, cache)
@@ -79,6 +79,8 @@ def main() -> None:
         run.best_evaluation(values)
         run.artifact(METRICS)
         run.artifact(NEIGHBOURS)
+        if checkpoint and np.isfinite(metrics["fid"]):
+            run.register(MODEL, params.sample.model_dump())
 
 
 def load_samples(path: Path) -> tuple[Tensor, Tensor]:

@@ -14,22 +14,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm import tracking
-from ddpm.checkpoint import load_model
 from ddpm.data import CLASSES, to_uint8
 from ddpm.device import enough_memory, select_device
-from ddpm.diffusion import Diffusion
 from ddpm.figures import save_gif, save_png, sheet
 from ddpm.files import file_sha256, read_verified, write_atomic, write_verified
+from ddpm.generation import BATCH, NULL_CLASS, Generator, class_ids, class_labels
 from ddpm.params import Params, SampleParams, UserError, clean_errors, load_params, project_root
 from ddpm.resume import fingerprint, imported_source, run_folder
-from ddpm.samplers import ImageNoise, generate
-from ddpm.unet import UNet
+from ddpm.samplers import ImageNoise
 
 MODEL = Path("models/diffusion_model.pth")
 OUTPUT = Path("output")
-BATCH = 125  # images denoised together; changes nothing beyond rounding
 GRID_COLUMNS = 10
-NULL_CLASS = len(CLASSES)
 STRIP_COLUMNS, GIF_FRAMES = 11, 41
 
 
@@ -42,11 +38,13 @@ def main() -> None:
 
 def sample(params: Params, device: torch.device) -> None:
     p = params.sample
-    model, diffusion, label_dropout = load_model(MODEL, device)
-    check_fits(p, diffusion.timesteps, label_dropout)
-    classes = {"all": list(range(len(CLASSES))), "none": [NULL_CLASS]}.get(p.classes, p.classes)
-    guidance = 1.0 if p.classes == "none" else p.guidance_scale  # towards no class is nowhere
-    labels = torch.tensor(classes).repeat(-(-p.count // len(classes)))[: p.count]
+    generator = Generator(MODEL, device)
+    try:
+        generator.check(p)
+    except UserError as error:
+        raise UserError(f"params.yaml: {error}") from None
+    classes = class_ids(p)
+    labels = class_labels(classes, p.count)
 
     root, checkpoint, required = project_root(), file_sha256(MODEL), params.runtime.require_mlflow
     name = fingerprint(p.model_dump(), [*imported_source(), MODEL])
@@ -55,7 +53,7 @@ def sample(params: Params, device: torch.device) -> None:
         tracking.start_run("sample", params.model_dump(), root, folder, str(device), required, checkpoint) as run,
     ):
         began = time.monotonic()
-        images, history, drawn = draw(model, diffusion, labels, p, guidance, device, folder)
+        images, history, drawn = draw(generator, labels, p, folder)
         seconds = time.monotonic() - began
 
         start = ImageNoise(p.seed, 0, len(history[0]), (1, 28, 28), torch.device("cpu"))()  # as the first batch drew it
@@ -65,9 +63,7 @@ def sample(params: Params, device: torch.device) -> None:
             run.artifact(OUTPUT / path)
 
 
-def draw(
-    model: UNet, diffusion: Diffusion, labels: Tensor, p: SampleParams, guidance: float, device: torch.device, folder: Path
-) -> tuple[Tensor, list[Tensor], int]:
+def draw(generator: Generator, labels: Tensor, p: SampleParams, folder: Path) -> tuple[Tensor, list[Tensor], int]:
     """Images uint8 [N, 28, 28] for `labels` [N], what the first few of them were after each step, and how many are newly drawn.
 
     Every batch is kept in `folder`, so that an interrupted run draws only what it lacks.
@@ -78,11 +74,8 @@ def draw(
             kept = folder / f"images-{first:07d}.pt"
             batch = read_verified(kept)
             if batch is None:
-                noise, batch = ImageNoise(p.seed, first, len(y), (1, 28, 28), device), {"history": []}
-                for x, _ in generate(
-                    model, diffusion, y.to(device), NULL_CLASS, noise,
-                    p.sampler, p.steps, p.spacing, p.eta, p.variance, p.clip, guidance,
-                ):  # fmt: skip
+                batch = {"history": []}
+                for x in generator.walk(y, p, first):
                     if first == 0:
                         batch["history"].append(to_uint8(x[: len(CLASSES)]).cpu())
                     bar.update(len(y))
@@ -93,18 +86,6 @@ def draw(
             images[first : first + len(y)] = batch["images"]
             history += batch["history"]
     return images, history, drawn
-
-
-def check_fits(p: SampleParams, timesteps: int, label_dropout: float) -> None:
-    """Raise UserError where the section `sample` asks of this model what it can't do."""
-    if p.steps > timesteps:
-        raise UserError(f"params.yaml: sample.steps: {p.steps}, but {MODEL} has {timesteps} timesteps; use at most as many")
-    if label_dropout == 1 and p.classes != "none":
-        raise UserError(f"params.yaml: sample.classes: {MODEL} was trained without classes; set it to none")
-    if label_dropout == 0 and (p.classes == "none" or p.guidance_scale != 1):
-        raise UserError(
-            f"params.yaml: {MODEL} never trained without classes: sample.guidance_scale must be 1, and classes not none"
-        )
 
 
 def write_outputs(images: Tensor, labels: Tensor, classes: list[int], history: list[Tensor]) -> None:
@@ -128,10 +109,13 @@ def write_outputs(images: Tensor, labels: Tensor, classes: list[int], history: l
     save_gif(OUTPUT / "denoising.gif", [sheet(x, columns=5) for x in evenly(history, GIF_FRAMES)])
 
 
-def evenly(items: list, count: int) -> list:
-    """At most `count` of `items`, evenly spaced, the first and the last among them."""
-    count = min(count, len(items))
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+def evenly(frames: list[Tensor], count: int) -> list[Tensor]:
+    """Some `count` of the frames, evenly spaced to the eye: in what still separates their pixels from the last one's."""
+    if len(frames) <= count:
+        return frames
+    distance = torch.stack([(x.float() - frames[-1].float()).abs().mean() for x in frames])
+    chosen = {(distance - wanted).abs().argmin().item() for wanted in torch.linspace(distance[0].item(), 0, count)}
+    return [frames[i] for i in sorted(chosen | {0, len(frames) - 1})]
 
 
 if __name__ == "__main__":

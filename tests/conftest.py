@@ -1,9 +1,13 @@
+import socket
 from pathlib import Path
 
 import pytest
+import torch
 
+from ddpm.checkpoint import save_model
 from ddpm.data import FILES, download
 from ddpm.files import file_sha256
+from ddpm.unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,3 +21,21 @@ def fashion_mnist(tmp_path_factory) -> Path:
     raw = tmp_path_factory.mktemp("fashion-mnist")
     download(raw, cache)
     return raw
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory) -> Path:
+    """A small model of 50 timesteps that has learned nothing."""
+    unet = {"channels": [8, 16], "blocks": 1, "attention": [], "heads": 2, "dropout": 0.0, "patch_size": 2}
+    diffusion = {"timesteps": 50, "schedule": "cosine", "prediction": "v", "min_snr_gamma": 5.0}
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(w.shape, generator=generator) * 0.1 for name, w in UNet(**unet).state_dict().items()}
+    path = tmp_path_factory.mktemp("model") / "diffusion_model.pth"
+    save_model(path, weights, unet, diffusion, 0.1)
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

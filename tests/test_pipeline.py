@@ -143,7 +143,7 @@ def test_second_repro_does_nothing(clone: Path) -> None:
 
 def test_edits_rerun_what_they_change_and_nothing_else(clone: Path) -> None:
     edit_params(clone, {"runtime": {"compile": False}})
-    with (clone / "src/ddpm/tracking.py").open("a") as f:
+    with (clone / "src/ddpm/tracking/run.py").open("a") as f:
         f.write("# logging changes no result\n")
     assert stages_run(run(clone, "dvc", "repro")) == []
 

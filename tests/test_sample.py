@@ -7,33 +7,27 @@ import torch
 import yaml
 
 import sample
-from ddpm.diffusion import Diffusion
+from ddpm.generation import Generator
 from ddpm.params import Params
-from ddpm.unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
 N = 2 * sample.BATCH + 50
 
 
 @pytest.fixture(scope="module")
-def network() -> tuple[UNet, Diffusion]:
-    torch.manual_seed(0)
-    model = UNet(channels=[8, 16], blocks=1, attention=[], heads=2, dropout=0.0, patch_size=2).eval().requires_grad_(False)
-    for weight in model.parameters():
-        weight.data = torch.randn_like(weight) * 0.1
-    return model, Diffusion(timesteps=50, schedule="cosine", prediction="v", min_snr_gamma=5.0)
+def generator(random_model) -> Generator:
+    return Generator(random_model, torch.device("cpu"))
 
 
-def draw(network: tuple[UNet, Diffusion], folder: Path, **changes) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+def draw(generator: Generator, folder: Path) -> tuple[torch.Tensor, list[torch.Tensor], int]:
     p = Params.model_validate(yaml.safe_load((ROOT / "params.yaml").read_text())).sample
-    p = p.model_copy(update={"sampler": "ddpm", "steps": 3, "seed": 1, **changes})
+    p = p.model_copy(update={"sampler": "ddpm", "steps": 3, "seed": 1, "guidance_scale": 1.0})
     folder.mkdir(exist_ok=True)
-    return sample.draw(*network, torch.arange(N) % 10, p, 1.0, CPU, folder)
+    return sample.draw(generator, torch.arange(N) % 10, p, folder)
 
 
-def test_only_what_is_missing_or_damaged_is_drawn_again(network, tmp_path):
-    images, history, drawn = draw(network, tmp_path)
+def test_only_what_is_missing_or_damaged_is_drawn_again(generator, tmp_path):
+    images, history, drawn = draw(generator, tmp_path)
     first, second, third = sorted(tmp_path.iterdir())
     assert drawn == N
     assert [len(x) for x in history] == [10, 10, 10]
@@ -41,7 +35,7 @@ def test_only_what_is_missing_or_damaged_is_drawn_again(network, tmp_path):
     assert len(images.flatten(1).unique(dim=0)) == N
 
     def same_with(expected: int) -> None:
-        again, history_again, drawn = draw(network, tmp_path)
+        again, history_again, drawn = draw(generator, tmp_path)
         assert drawn == expected
         assert torch.equal(again, images)
         assert all(torch.equal(a, b) for a, b in zip(history_again, history, strict=True))
@@ -53,3 +47,12 @@ def test_only_what_is_missing_or_damaged_is_drawn_again(network, tmp_path):
     same_with(sample.BATCH)
     first.unlink()
     same_with(sample.BATCH)
+
+
+def test_frames_are_evenly_spaced_to_the_eye():
+    """Those of a walk that lingers at its start and then hurries, chosen by hand."""
+    distances = [100, 99, 98, 97, 96, 95, 94, 75, 50, 26, 24, 0]
+    frames = [torch.full((2, 4, 4), d, dtype=torch.uint8) for d in distances]
+    assert [int(x[0, 0, 0]) for x in sample.evenly(frames, 5)] == [100, 75, 50, 26, 0]
+    assert sample.evenly(frames, 12) is frames
+    assert len(sample.evenly(frames, 11)) <= 11

@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.request
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +25,13 @@ import pytest
 from PIL import Image
 
 import ship
+from conftest import free_port
 from ddpm import tracking
 from ddpm.params import Stopped, UserError
 from ddpm.resume import hold
-from ddpm.tracking import Journal, Run, tracking_uri
+from ddpm.tracking import Run, store
+from ddpm.tracking.journal import Journal
+from ddpm.tracking.store import tracking_uri
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
@@ -62,12 +65,6 @@ def python(script: str, *arguments: object, **environment: str) -> subprocess.Po
     return subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @contextmanager
@@ -175,13 +172,13 @@ def client(root):
     return mlflow.MlflowClient(tracking_uri(root))
 
 
-def runs(client, condition: str, experiment: str = tracking.EXPERIMENT) -> list:
+def runs(client, condition: str, experiment: str = store.EXPERIMENT) -> list:
     """Newest first."""
     experiment = client.get_experiment_by_name(experiment)
     return client.search_runs([experiment.experiment_id], condition, order_by=["attributes.start_time DESC"])
 
 
-def one(client, condition: str, experiment: str = tracking.EXPERIMENT):
+def one(client, condition: str, experiment: str = store.EXPERIMENT):
     (run,) = runs(client, condition, experiment)
     return run
 
@@ -205,7 +202,7 @@ def check_whole_run(client, run, seeds: tuple[int, ...] = (0, 20, 40)) -> None:
 
     assert run.info.status == "FINISHED"
     assert run.info.end_time >= run.info.start_time
-    assert run.info.run_name == "train-bold-name"
+    assert run.info.run_name.startswith("train bold-name (train.steps=40, ")
     assert run.data.params == {
         "train.steps": "40", "train.model.channels": "[8, 16]", "train.gamma": "None", "runtime.device": "cpu",
     }  # fmt: skip
@@ -325,21 +322,21 @@ def test_what_is_synced_is_on_the_disk(tmp_path, monkeypatch):
 def test_nothing_is_shipped_that_a_power_cut_could_undo(root, client, monkeypatch):
     """What the store has, the journal must have: else a resumed run would log it again, at another time."""
     synced, shipped = [], []
-    sync, ship_entries = Journal.sync, tracking.Store.ship
+    sync, ship_entries = Journal.sync, store.Store.ship
 
     def watched_sync(journal: Journal) -> None:
         size = journal.size
         sync(journal)
         synced.append(size)
 
-    def watched_ship(store: tracking.Store, queue, count: int) -> None:
+    def watched_ship(self: store.Store, queue, count: int) -> None:
         lines = [json.dumps(entry) + "\n" for entry in list(queue)[:count]]
         shipped.extend(lines)
         assert len("".join(shipped)) <= synced[-1]
-        ship_entries(store, queue, count)
+        ship_entries(self, queue, count)
 
     monkeypatch.setattr(Journal, "sync", watched_sync)
-    monkeypatch.setattr(tracking.Store, "ship", watched_ship)
+    monkeypatch.setattr(store.Store, "ship", watched_ship)
     with start_run("sample", {}, root) as run:
         for step in range(100):
             run.metrics(step, {"a": float(step)})
@@ -429,11 +426,11 @@ def test_a_run_killed_between_its_end_and_its_cleanup_stays_one_run(root, client
 
 
 def test_shipping_a_journal_again_makes_no_doubles(root, client, monkeypatch):
-    def away(_store: tracking.Store) -> None:
+    def away(_store: store.Store) -> None:
         raise ConnectionError
 
     (root / "artifact.txt").write_text("text")
-    monkeypatch.setattr(tracking.Store, "open", away)
+    monkeypatch.setattr(store.Store, "open", away)
     with start_run("evaluate", {"a": 1}, root) as run:
         run.dataset("fashion-mnist", "0123", "data/raw", {}, "evaluation")
         for step in range(5):
@@ -502,7 +499,7 @@ def test_metrics_from_a_busy_program_all_arrive(root, client, capsys):
 
 
 def test_entries_may_be_appended_while_leading_metrics_are_taken():
-    queue, stop = tracking.deque({"metric": "a", "step": step} for step in range(500)), threading.Event()
+    queue, stop = deque({"metric": "a", "step": step} for step in range(500)), threading.Event()
 
     def append() -> None:
         while not stop.is_set():
@@ -515,9 +512,9 @@ def test_entries_may_be_appended_while_leading_metrics_are_taken():
     thread.start()
     try:
         for _ in range(300):
-            batch = tracking._leading_metrics(queue, 1000)
+            batch = store._leading_metrics(queue, 1000)
             assert [e["step"] for e in batch[:500]] == list(range(500))
-            assert len(tracking._leading_metrics(queue, 7)) == 7
+            assert len(store._leading_metrics(queue, 7)) == 7
     finally:
         stop.set()
         thread.join()

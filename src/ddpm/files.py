@@ -31,6 +31,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def file_md5(path: Path) -> str:
+    """As `dvc.lock` has it."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "md5").hexdigest()
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Raise UserError where the system doesn't let `path` be written: no space, no permission, something in its place."""

@@ -199,13 +199,15 @@ def parse_params(text: str, path: Path) -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(fault) for fault in error.errors())
+        lines = dict.fromkeys(explain(fault) for fault in error.errors())
         raise UserError("\n".join(f"{path}: {line}" for line in lines)) from None
 
 
 KINDS = {  # pydantic's names of faults, and what the value should be
     "int_type": "a whole number",
+    "int_parsing": "a whole number",
     "float_type": "a number",
+    "float_parsing": "a number",
     "bool_type": "true or false",
     "string_type": "text",
     "list_type": "a list",
@@ -213,8 +215,8 @@ KINDS = {  # pydantic's names of faults, and what the value should be
 }
 
 
-def _explain(fault: dict[str, Any]) -> str:
-    """One fault that pydantic found, as one line."""
+def explain(fault: dict[str, Any], schema: type[BaseModel] = Params) -> str:
+    """One fault that pydantic found in what should have been of `schema`, as one line."""
     keys = [str(key) if str(key).isprintable() else repr(key) for key in fault["loc"]]
     where, value, kind = ".".join(keys), fault["input"], fault["type"]
     if kind == "value_error":  # its message starts with a key
@@ -223,7 +225,7 @@ def _explain(fault: dict[str, Any]) -> str:
     if kind == "missing":
         return f"{where}: missing"
     if kind in ("extra_forbidden", "invalid_key"):
-        close = difflib.get_close_matches(keys[-1], _known_keys(keys[:-1]), n=1)
+        close = difflib.get_close_matches(keys[-1], _known_keys(schema, keys[:-1]), n=1)
         return f"{where}: there is no such key" + (f"; did you mean {close[0]}?" if close else "")
     if kind in ("float_type", "int_type") and isinstance(value, str) and (number := _plain_number(value)):
         return f"{where}: {value!r} is text to YAML; write it as {number}"
@@ -241,8 +243,7 @@ def _shown(value: Any) -> str:
     return {"None": "null", "True": "true", "False": "false"}.get(text, text)
 
 
-def _known_keys(path: list[str]) -> list[str]:
-    section: Any = Params
+def _known_keys(section: Any, path: list[str]) -> list[str]:
     for key in path:
         section = section.model_fields[key].annotation
     return list(section.model_fields)

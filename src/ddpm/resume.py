@@ -19,7 +19,6 @@ from ddpm.params import UserError
 
 KEPT_STATES = 2  # the newest, and one to fall back to if the newest is damaged
 KEPT_DAYS = 30  # without a write; by then nobody goes on with the run
-LOGGING = ("journal.py", "tracking.py")
 
 
 def fingerprint(params: dict, files: list[Path]) -> str:
@@ -34,7 +33,7 @@ def imported_source() -> list[Path]:
     """The project's files that this program runs: all that are imported by now, but for logging, which changes no result."""
     files = {Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
     own = Path(__file__).resolve().parents[1]
-    return sorted(path for path in files if path.resolve().is_relative_to(own) and path.name not in LOGGING)
+    return sorted(path for path in files if path.resolve().is_relative_to(own) and path.parent.name != "tracking")
 
 
 @contextmanager

@@ -1,0 +1,151 @@
+"""`make compare`: experiments side by side, the best first, and the MLflow runs that judged them.
+
+`python src/compare.py few-steps` takes the name of an experiment, or the name or id of an MLflow run, and says where both are.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ddpm.params import UserError, clean_errors, project_root
+from ddpm.tracking.provenance import flatten, setting
+from ddpm.tracking.store import evaluations, run_address, tracking_uri
+
+COLUMNS = {  # heading, metric, digits
+    "fid": ("fid", 4),
+    "kid": ("kid", 5),
+    "prec.": ("precision", 3),
+    "recall": ("recall", 3),
+    "train": ("train_loss", 4),
+    "val.": ("val_loss", 4),
+}
+SAMPLES = "output/samples.npz"
+WIDTH = 100  # columns, where there is no terminal
+
+
+@dataclass
+class Experiment:
+    name: str  # of the experiment, the branch or the commit
+    revision: str
+    params: dict = field(default_factory=dict)  # flat
+    metrics: dict = field(default_factory=dict)
+    samples: str | None = None  # their MD5
+    state: str = ""  # queued, running, failed; empty once it is done
+    base: dict = field(default_factory=dict)  # the parameters that an experiment started from; a commit has none
+
+    @property
+    def changes(self) -> dict:
+        return {name: value for name, value in self.params.items() if self.base and self.base.get(name) != value}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("name", nargs="?", help="of an experiment or an MLflow run")
+    name = parser.parse_args().name
+    found, runs = experiments(), evaluations(project_root())
+    if name:
+        print(links(name, found, runs))
+    else:
+        terminal = sys.stdout.isatty()
+        Console(width=shutil.get_terminal_size().columns if terminal else WIDTH).print(table(found, runs))
+
+
+def experiments() -> list[Experiment]:
+    """All experiments of `dvc exp show`, the commits that they started from, and the last commit; the best `fid` first.
+
+    The workspace is among them if it differs from its commit.
+    """
+    command = [sys.executable, "-m", "dvc", "exp", "show", "--json", "--all-commits"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError((done.stderr.strip().splitlines() or ["`dvc exp show` failed"])[-1])
+    found, (workspace, *commits) = [], json.loads(done.stdout)
+    head = _experiment(commits[0], {})
+    edited = _experiment(workspace, head.params)
+    if edited.changes or edited.metrics != head.metrics:
+        found.append(edited)
+    for commit in commits:
+        base = _experiment(commit, {})
+        if commit["experiments"] or commit is commits[0]:
+            found.append(base)
+        for e in commit["experiments"] or []:
+            found.append(_experiment(e["revs"][0], base.params, (e["executor"] or {}).get("state")))
+    return sorted(found, key=lambda e: e.metrics.get("fid", float("inf")))
+
+
+def _experiment(row: dict, base: dict, state: str | None = None) -> Experiment:
+    """From a row of `dvc exp show --json`; `base` are the parameters that it started from."""
+    data = row.get("data") or {}
+    params = flatten((data.get("params") or {}).get("params.yaml", {}).get("data") or {})
+    metrics = {name: value for file in (data.get("metrics") or {}).values() for name, value in (file.get("data") or {}).items()}
+    state = "" if state in (None, "Success") else state.lower()
+    return Experiment(
+        row["name"] or row["rev"][:7],
+        row["rev"],
+        params,
+        {} if state else metrics,
+        None if state else ((data.get("outs") or {}).get(SAMPLES) or {}).get("hash"),
+        state,
+        base,
+    )
+
+
+def table(found: list[Experiment], runs: dict) -> Table:
+    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    result.add_column("experiment", overflow="fold")
+    result.add_column("changed", overflow="fold", min_width=20)
+    for heading in ("× floor", *COLUMNS):
+        result.add_column(heading, justify="right", no_wrap=True)
+    result.add_column("MLflow run", overflow="fold")
+    best = champion(found)
+    for e in found:
+        figures = [format(e.metrics[name], f".{digits}f") if name in e.metrics else "" for name, digits in COLUMNS.values()]
+        floor = f"{e.metrics['fid'] / e.metrics['fid_floor']:.0f}" if {"fid", "fid_floor"} <= e.metrics.keys() else ""
+        run = runs.get(e.samples)
+        result.add_row(
+            f"★ {e.name}" if e is best else e.name,
+            "\n".join([*shortened(e), *([e.state] if e.state else [])]),
+            floor,
+            *figures,
+            run.info.run_name.partition(" (")[0] if run else "",
+            style="bold green" if e is best else None,
+        )
+    return result
+
+
+def champion(found: list[Experiment]) -> Experiment | None:
+    """The lowest FID of those with most samples: fewer raise it."""
+    judged = [e for e in found if "fid" in e.metrics]
+    return min(judged, key=lambda e: (-e.params["sample.count"], e.metrics["fid"]), default=None)
+
+
+def shortened(e: Experiment, most: int = 3) -> list[str]:
+    """The changes, without their section where the last part of the name is enough."""
+    leaves = Counter(name.rpartition(".")[2] for name in e.params)
+    names = {name: leaf if leaves[leaf := name.rpartition(".")[2]] == 1 else name for name in e.changes}
+    lines = [setting(names[name], value) for name, value in e.changes.items()]
+    return lines if len(lines) <= most + 1 else [*lines[:most], f"and {len(lines) - most} more"]
+
+
+def links(name: str, found: list[Experiment], runs: dict) -> str:
+    """Both ends of the thread that `name` is one end of: DVC's experiment, and the MLflow run that judged it."""
+    for e in found:
+        run = runs.get(e.samples)
+        if name in (e.name, e.revision[:7], e.revision, *((run.info.run_name, run.info.run_id) if run else ())):
+            take = f"dvc exp apply {e.name}" if e.base else f"git checkout {e.name}"
+            page = run_address(tracking_uri(project_root()), run) if run else "its evaluation is in no run of this store"
+            return f"{e.name}: `{take}`\n{run.info.run_name if run else 'MLflow'}: {page}"
+    raise UserError(f"neither DVC nor MLflow has a finished {name}; `make compare` shows what there is")
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        main()

@@ -1,0 +1,5 @@
+"""Everything that knows MLflow. It changes no result, so no stage depends on it."""
+
+from ddpm.tracking.run import Run, ship, start_run
+
+__all__ = ["Run", "ship", "start_run"]

@@ -1,0 +1,228 @@
+"""`make report`: experiments side by side on one page that needs no network, output/report.html.
+
+`python src/report.py few-steps sigmoid` chooses them by name, commits and branches among them; otherwise the best four are shown.
+"""
+
+import argparse
+import base64
+import csv
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import dvc.api
+import matplotlib
+import yaml
+from dvc.exceptions import DvcException
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from compare import Experiment, experiments
+from ddpm.files import write_atomic
+from ddpm.params import UserError, clean_errors, project_root
+from ddpm.tracking.store import evaluations, run_address, tracking_uri
+
+PAGE = Path("output/report.html")
+MOST = 4
+METRICS = {  # what it says, and whether less is better; floors and real images' figures stand beside them
+    "fid": ("distance to the training images", True),
+    "fid_test": ("distance to the test images", True),
+    "kid": ("kernel distance to the training images", True),
+    "precision": ("samples that look real", False),
+    "recall": ("real images that the samples reach", False),
+    "density": ("how deep among real images samples lie", False),
+    "coverage": ("real images with a sample near by", False),
+    "class_accuracy": ("samples recognised as the class asked for", False),
+    "nearest_neighbour_ratio": ("distance to the nearest training image, over a test image's: well under 1 means copies", None),
+    "val_loss": ("validation loss", None),
+    "parameters": ("weights of the model", None),
+}
+PICTURES = {
+    "output/generated_samples.png": "Samples, a row a class",
+    "output/denoising.gif": "Noise becoming garments",
+    "output/denoising.png": "The same, step by step",
+    "output/nearest_neighbours.png": "The samples closest to a training image, beside it",
+}
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's: told apart by every eye
+GREY = "#7d8590"  # of axes and text: readable on white and on black
+
+
+@dataclass
+class Column:
+    """An experiment as the page shows it."""
+
+    experiment: Experiment
+    colour: str
+    run: str = ""  # of MLflow
+    address: str = ""
+    pictures: dict[str, str] = field(default_factory=dict)  # data: addresses
+    curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("names", nargs="*", help="of experiments, branches or commits")
+    names = parser.parse_args().names
+    columns = [column(e, COLOURS[i % len(COLOURS)]) for i, e in enumerate(chosen(names))]
+    write_atomic(PAGE, page(columns).encode())
+    print(f"{PAGE}: {', '.join(c.experiment.name for c in columns)}")
+
+
+def chosen(names: list[str]) -> list[Experiment]:
+    found = [e for e in experiments() if "fid" in e.metrics]
+    known = {key: e for e in found for key in (e.revision, e.revision[:7], e.name)}
+    if missing := [name for name in names if name not in known]:
+        raise UserError(f"no finished experiment is called {missing[0]}; `make compare` shows those that are")
+    if not found:
+        raise UserError("there is nothing to show yet: `dvc repro` makes the first figures")
+    return [known[name] for name in dict.fromkeys(names)] or found[:MOST]
+
+
+def column(e: Experiment, colour: str) -> Column:
+    root = project_root()
+    result = Column(e, colour)
+    if run := evaluations(root).get(e.samples):
+        result.run, result.address = run.info.run_name, run_address(tracking_uri(root), run)
+    for path in PICTURES:
+        if content := read(path, e.revision):
+            kind = Path(path).suffix[1:]
+            result.pictures[path] = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    for name in ("train", "validation"):
+        if content := read(f"output/plots/{name}.tsv", e.revision):
+            rows = list(csv.DictReader(io.StringIO(content.decode()), delimiter="\t"))
+            result.curves[name] = {key: [float(row[key]) for row in rows] for key in rows[0]}
+    return result
+
+
+def read(path: str, revision: str) -> bytes | None:
+    """The file as it was there; None where neither git nor DVC's cache has it."""
+    try:
+        return dvc.api.read(path, rev=None if revision == "workspace" else revision, mode="rb")
+    except (DvcException, OSError):
+        return None
+
+
+def page(columns: list[Column]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        columns=columns,
+        stages={name: stage["desc"] for name, stage in yaml.safe_load(Path("dvc.yaml").read_text())["stages"].items()},
+        params=differing([c.experiment.params for c in columns]),
+        metrics=metric_rows([c.experiment.metrics for c in columns]),
+        charts=charts(columns),
+        pictures=PICTURES,
+    )
+
+
+def differing(params: list[dict]) -> dict[str, list]:
+    """The parameters that are not the same everywhere, with each one's values."""
+    names = dict.fromkeys(name for p in params for name in p)
+    rows = {name: [p.get(name) for p in params] for name in names if not name.startswith("runtime.")}
+    return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def metric_rows(metrics: list[dict]) -> list[dict]:
+    """A row a metric: its values as text, which of them is best, and what real images score."""
+    rows = []
+    for name, (meaning, less) in METRICS.items():
+        values = [m.get(name) for m in metrics]
+        known = [value for value in values if value is not None]
+        if not known:
+            continue
+        best = (min if less else max)(known) if less is not None and len(set(known)) > 1 else None
+        real = next((m[f"{name}{end}"] for m in metrics for end in ("_floor", "_real") if f"{name}{end}" in m), None)
+        rows.append(
+            {
+                "name": name,
+                "meaning": meaning,
+                "cells": [(figure(value), value is not None and value == best) for value in values],
+                "real": figure(real),
+            }
+        )
+    return rows
+
+
+def figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5f}" if abs(value) < 0.01 else f"{value:.4g}"
+
+
+def charts(columns: list[Column]) -> dict[str, str]:
+    """Inline SVG by title."""
+    drawn = {"FID, and what real images score (less is better)": fid_chart(columns)}
+    with_curves = [c for c in columns if len(c.curves) == 2]
+    if with_curves:
+        drawn["Loss: training pale, validation dotted with its steps"] = loss_chart(with_curves)
+        drawn["Validation loss by quarter of the timesteps, from hardly any noise to nothing else"] = quarters_chart(with_curves)
+    return drawn
+
+
+def fid_chart(columns: list[Column]) -> str:
+    figure = Figure(figsize=(7, 0.9 + 0.42 * len(columns)), layout="constrained")
+    axes = figure.subplots()
+    for row, c in enumerate(columns):
+        m = c.experiment.metrics
+        axes.plot(m["fid"], -row, "o", color=c.colour, markersize=9)
+        axes.annotate(f"{m['fid']:.3g}", (m["fid"], -row), (9, -3.5), textcoords="offset points", color=c.colour)
+        if "fid_floor" in m:
+            axes.plot([m["fid_floor"], m["fid"]], [-row, -row], color=c.colour, alpha=0.35)
+            axes.plot(m["fid_floor"], -row, "|", color=GREY, markersize=16, markeredgewidth=2)
+    axes.set(xscale="log", xlabel="FID", yticks=[-row for row in range(len(columns))], ylim=(0.6 - len(columns), 0.5))
+    axes.set_yticklabels([c.experiment.name for c in columns])
+    axes.margins(x=0.12)
+    return svg(figure)
+
+
+def loss_chart(columns: list[Column]) -> str:
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for c in columns:
+        train, validation = c.curves["train"], c.curves["validation"]
+        axes.plot(train["step"], train["loss"], color=c.colour, alpha=0.3, linewidth=1)
+        axes.plot(validation["step"], validation["loss"], "o-", color=c.colour, markersize=4, label=c.experiment.name)
+    axes.set(yscale="log", xlabel="step", ylabel="loss")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    return svg(figure)
+
+
+def quarters_chart(columns: list[Column]) -> str:
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    for i, axes in enumerate(figure.subplots(2, 2, sharex=True).flat, start=1):
+        for c in columns:
+            curve = c.curves["validation"]
+            axes.plot(curve["step"], curve[f"loss_quarter{i}"], "o-", color=c.colour, markersize=3, linewidth=1.5)
+        axes.set(yscale="log", title=("first", "second", "third", "last")[i - 1] + " quarter")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.supxlabel("step", color=GREY, fontsize="medium")
+    figure.supylabel("loss", color=GREY, fontsize="medium")
+    return svg(figure)
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an element of a page, light or dark, whose text is text."""
+    for axes in figure.axes:
+        axes.set_facecolor("none")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[:].set_color(GREY)
+        axes.tick_params(which="both", colors=GREY)
+        axes.grid(which="major", color=GREY, alpha=0.2)
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            text.set_color(GREY)
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        main()

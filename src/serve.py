@@ -1,0 +1,85 @@
+"""`make serve`: a small HTTP server that draws garments, with MLflow's champion or, without one, the model at hand.
+
+    curl -o bags.png 'http://127.0.0.1:8000/sheet?classes=Bag&count=8&seed=1'
+    curl -H 'Content-Type: application/json' -d '{"classes": ["Bag", 7], "count": 4}' http://127.0.0.1:8000/images
+
+`python src/serve.py models/diffusion_model.pth --port 8001` serves that file elsewhere.
+"""
+
+import argparse
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import uvicorn
+from fastapi import FastAPI, Query, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from ddpm.data import CLASSES
+from ddpm.device import select_device
+from ddpm.figures import png, sheet
+from ddpm.generation import Generator
+from ddpm.params import SampleParams, UserError, clean_errors, explain, load_params, project_root
+from ddpm.serving import Request, encoded, respond
+from ddpm.tracking import registry
+
+MODEL = Path("models/diffusion_model.pth")
+HOST, PORT = "127.0.0.1", 8000
+COLUMNS = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", nargs="?", type=Path, help=f"a file such as {MODEL}, instead of the champion")
+    parser.add_argument("--port", type=int, default=PORT)
+    options = parser.parse_args()
+    with socket.socket() as probe:
+        if probe.connect_ex((HOST, options.port)) == 0:
+            raise UserError(f"port {options.port} is taken; choose another: python src/serve.py --port {options.port + 1}")
+    params = load_params()
+    source, checkpoint, sampling = options.model, options.model, params.sample
+    if checkpoint is None and (champion := registry.champion(project_root())):
+        source, checkpoint, sampling = champion
+    elif checkpoint is None:
+        source = checkpoint = MODEL
+    generator = Generator(checkpoint, select_device(params.runtime.device, deterministic=params.runtime.deterministic))
+    print(f"{source}, at http://{HOST}:{options.port}; Ctrl-C ends it", flush=True)
+    uvicorn.run(application(generator, sampling, str(source)), host=HOST, port=options.port, log_level="warning")
+
+
+def application(generator: Generator, sampling: SampleParams, source: str) -> FastAPI:
+    app = FastAPI(title="Garments", docs_url=None, redoc_url=None)  # its pages would come from another server
+
+    @app.get("/")
+    def about() -> dict:
+        return {"model": source, "classes": CLASSES, "sampling": sampling.model_dump(), "request": Request.model_json_schema()}
+
+    @app.get("/sheet")
+    def get_sheet(request: Annotated[Request, Query()]) -> Response:
+        """One PNG, ten images a row."""
+        images, _ = respond(generator, sampling, request)
+        return Response(png(sheet(images, min(COLUMNS, len(images)))), media_type="image/png")
+
+    @app.post("/images")
+    def post_images(request: Request) -> dict:
+        """Each image and its class."""
+        return {"images": encoded(*respond(generator, sampling, request))}
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(_: object, error: RequestValidationError) -> JSONResponse:
+        faults = error.errors()
+        if faults[0]["type"] == "json_invalid":
+            return JSONResponse({"error": f"not JSON ({faults[0]['ctx']['error']})"}, 422)
+        return JSONResponse({"error": "; ".join(explain({**f, "loc": f["loc"][1:]}, Request) for f in faults)}, 422)
+
+    @app.exception_handler(UserError)
+    def impossible(_: object, error: UserError) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, 422)
+
+    return app
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        main()

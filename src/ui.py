@@ -1,0 +1,76 @@
+"""`make ui`: the MLflow UI over this repository's store, for this machine alone.
+
+Prints the address of the runs when it is ready. `python src/ui.py --port 5001` uses another port.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import requests
+
+from ddpm.params import UserError, clean_errors, project_root
+from ddpm.tracking.store import experiment_name, tracking_uri
+
+HOST, PORT = "127.0.0.1", 5000
+READY_SECONDS = 120
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--port", type=int, default=PORT)
+    port = parser.parse_args().port
+    root = project_root()
+    uri = tracking_uri(root)
+    if uri.startswith("http"):
+        print(f"the runs are at {uri}")
+        return
+    with socket.socket() as probe:
+        if probe.connect_ex((HOST, port)) == 0:
+            raise UserError(f"port {port} is taken, perhaps by another `make ui`; choose one: python src/ui.py --port {port + 1}")
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", uri, "--artifacts-destination", str(root / "mlartifacts")),
+    ]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # it would take 40 s and 2.6 GB
+    server = subprocess.Popen(  # in a session of its own: Ctrl-C reaches it through us, and it leaves nobody behind
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        print(f"{runs_address(server, port)}\nCtrl-C ends it", flush=True)
+        server.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def runs_address(server: subprocess.Popen, port: int) -> str:
+    """The page of the runs, once the server answers."""
+    address = f"http://{HOST}:{port}"
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise UserError(f"the MLflow server ended with status {server.returncode}; `mlflow server` in this folder says why")
+        try:
+            answer = requests.get(
+                f"{address}/api/2.0/mlflow/experiments/get-by-name", {"experiment_name": experiment_name()}, timeout=5
+            )
+        except requests.RequestException:
+            time.sleep(0.2)
+            continue
+        if answer.ok:
+            number = answer.json()["experiment"]["experiment_id"]
+            return f"{address}/#/experiments/{number}/runs?workflowType=machine_learning"
+        return f"{address} (no runs yet: `dvc repro` makes the first)"
+    raise UserError(f"the MLflow server doesn't answer at {address} within {READY_SECONDS} s")
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        main()

@@ -1,0 +1,148 @@
+"""The registry of a real MLflow store: one version a checkpoint, and who is champion."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from ddpm.params import SampleParams
+from ddpm.tracking import run as runs
+from ddpm.tracking import start_run
+from ddpm.tracking.registry import CHAMPION, MODEL, champion
+from ddpm.tracking.store import tracking_uri
+
+SAMPLING = {
+    "sampler": "dpmpp_2m", "steps": 7, "spacing": "tapered", "eta": 0.0, "variance": "small", "clip": True,
+    "guidance_scale": 1.5, "classes": "all", "count": 1000, "seed": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV"):
+            patch.delenv(name, raising=False)
+        patch.setattr(runs, "SHIP_SECONDS", 0.05)
+        yield
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def client(root):
+    import mlflow
+
+    return mlflow.MlflowClient(tracking_uri(root))
+
+
+@pytest.fixture(autouse=True)
+def empty(request):
+    """No model in the registry, once there is a store."""
+    if "client" in request.fixturenames and (request.getfixturevalue("root") / "mlflow.db").exists():
+        client = request.getfixturevalue("client")
+        for model in client.search_registered_models():
+            client.delete_registered_model(model.name)
+
+
+def evaluate(root: Path, name: str, fid: float, samples: int = 1000, evaluator: str = "e", **sampling) -> None:
+    """As the stage does, of a checkpoint that is known by its name."""
+    checkpoint = root / f"{name}.pth"
+    checkpoint.write_text(name)
+    with start_run("evaluate", {}, root, root / ".resume" / f"{name}-{fid}", checkpoint_sha256=name) as run:
+        run.tags({"samples": samples, "evaluator_sha256": evaluator})
+        run.metrics(0, {"eval/fid": fid})
+        run.register(checkpoint, {**SAMPLING, **sampling})
+
+
+def versions(client) -> dict[str, str]:
+    """Checkpoint and FID of each."""
+    return {v.tags["checkpoint_sha256"]: v.tags["fid"] for v in client.search_model_versions(f"name = '{MODEL}'")}
+
+
+def best(client) -> str:
+    return client.get_model_version_by_alias(MODEL, CHAMPION).tags["checkpoint_sha256"]
+
+
+def test_without_a_store_or_a_champion_there_is_none_and_none_is_made(tmp_path, root, client):
+    assert champion(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+    with start_run("train", {}, root, root / ".resume" / "train"):
+        pass
+    assert champion(root) is None
+
+
+def test_a_checkpoint_is_one_version_with_its_best_evaluation(root, client):
+    evaluate(root, "one", 0.5)
+    evaluate(root, "one", 0.7)
+    assert versions(client) == {"one": "0.5"}
+    evaluate(root, "one", 0.4, steps=9)
+    assert versions(client) == {"one": "0.4"}
+    (version,) = client.search_model_versions(f"name = '{MODEL}'")
+    assert client.get_run(version.tags["evaluation"]).data.metrics["eval/fid"] == 0.4
+    assert version.description.startswith("FID 0.4 of 1000 samples; evaluate ")
+    name, path, sampling = champion(root)
+    assert name == f"{MODEL}, version 1"
+    assert path.read_text() == "one"
+    assert sampling == SampleParams.model_validate({**SAMPLING, "steps": 9})
+
+
+@pytest.mark.parametrize(
+    ("challenger", "wins"),
+    [
+        ({"fid": 0.4}, True),
+        ({"fid": 0.5}, False),
+        ({"fid": 0.6}, False),
+        ({"fid": 0.4, "samples": 999}, False),  # fewer raise it, and are weaker evidence
+        ({"fid": 0.4, "samples": 2000}, True),
+        ({"fid": 0.6, "samples": 2000}, False),
+        ({"fid": 0.4, "evaluator": "another"}, False),
+    ],
+)
+def test_the_champion_changes_only_for_a_better_one(root, client, challenger, wins):
+    evaluate(root, "old", 0.5)
+    evaluate(root, "new", **challenger)
+    assert best(client) == ("new" if wins else "old")
+    assert len(versions(client)) == 2
+
+
+def test_the_version_belongs_to_the_training_that_made_the_checkpoint(root, client):
+    with start_run("train", {}, root, root / ".resume" / "parent") as run:
+        run.tags({"checkpoint_sha256": "child"})
+    evaluate(root, "child", 0.5)
+    (version,) = client.search_model_versions(f"name = '{MODEL}'")
+    owner = client.get_run(version.run_id)
+    assert owner.data.tags["stage"] == "train"
+    assert owner.info.status == "FINISHED"
+    assert {"generator"} == {file.path for file in client.list_artifacts(version.run_id)}
+    assert version.source == f"{owner.info.artifact_uri}/generator"
+
+
+def test_interrupted_half_way_it_is_completed(root, client, monkeypatch):
+    import mlflow
+
+    set_alias, failures = mlflow.MlflowClient.set_registered_model_alias, [1]
+
+    def fails_once(self, *arguments):
+        if failures:
+            failures.pop()
+            raise mlflow.exceptions.MlflowException("gone")
+        return set_alias(self, *arguments)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_registered_model_alias", fails_once)
+    monkeypatch.setattr(runs, "RETRY_SECONDS", 0.1)
+    evaluate(root, "torn", 0.5)
+    assert not failures
+    assert best(client) == "torn"
+    assert versions(client) == {"torn": "0.5"}
+
+
+def test_two_evaluations_of_a_checkpoint_at_once_make_one_version(root, client):
+    threads = [threading.Thread(target=evaluate, args=(root, "twin", fid)) for fid in (0.3, 0.2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert versions(client) == {"twin": "0.2"}
