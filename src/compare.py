@@ -20,7 +20,7 @@ from ddpm.tracking.provenance import flatten, setting
 from ddpm.tracking.store import evaluations, run_address, tracking_uri
 
 COLUMNS = {  # heading, metric, digits
-    "fid": ("fid", 4),
+    "fid": ("fid", 3),
     "kid": ("kid", 5),
     "prec.": ("precision", 3),
     "recall": ("recall", 3),
@@ -86,7 +86,7 @@ def _experiment(row: dict, base: dict, state: str | None = None) -> Experiment:
     data = row.get("data") or {}
     params = flatten((data.get("params") or {}).get("params.yaml", {}).get("data") or {})
     metrics = {name: value for file in (data.get("metrics") or {}).values() for name, value in (file.get("data") or {}).items()}
-    state = "" if state in (None, "Success") else state.lower()
+    state = "" if state in (None, "success") else state
     return Experiment(
         row["name"] or row["rev"][:7],
         row["rev"],
@@ -99,12 +99,12 @@ def _experiment(row: dict, base: dict, state: str | None = None) -> Experiment:
 
 
 def table(found: list[Experiment], runs: dict) -> Table:
-    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    result = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     result.add_column("experiment", overflow="fold")
-    result.add_column("changed", overflow="fold", min_width=20)
+    result.add_column("changed", overflow="fold", min_width=18)
     for heading in ("× floor", *COLUMNS):
         result.add_column(heading, justify="right", no_wrap=True)
-    result.add_column("MLflow run", overflow="fold")
+    result.add_column("MLflow run", overflow="fold", min_width=12)
     best = champion(found)
     for e in found:
         figures = [format(e.metrics[name], f".{digits}f") if name in e.metrics else "" for name, digits in COLUMNS.values()]

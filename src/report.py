@@ -7,7 +7,8 @@ import argparse
 import base64
 import csv
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import dvc.api
@@ -54,17 +55,24 @@ class Column:
 
     experiment: Experiment
     colour: str
+    pictures: dict[str, str]  # as data: addresses
+    curves: dict[str, dict[str, list[float]]]
     run: str = ""  # of MLflow
     address: str = ""
-    pictures: dict[str, str] = field(default_factory=dict)  # data: addresses
-    curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", help="of experiments, branches or commits")
     names = parser.parse_args().names
-    columns = [column(e, COLOURS[i % len(COLOURS)]) for i, e in enumerate(chosen(names))]
+    root = project_root()
+    runs, uri = evaluations(root), tracking_uri(root)
+    columns = []
+    for e, colour in zip(chosen(names), cycle(COLOURS), strict=False):
+        column = Column(e, colour, pictures(e.revision), curves(e.revision))
+        if run := runs.get(e.samples):
+            column.run, column.address = run.info.run_name, run_address(uri, run)
+        columns.append(column)
     write_atomic(PAGE, page(columns).encode())
     print(f"{PAGE}: {', '.join(c.experiment.name for c in columns)}")
 
@@ -79,20 +87,23 @@ def chosen(names: list[str]) -> list[Experiment]:
     return [known[name] for name in dict.fromkeys(names)] or found[:MOST]
 
 
-def column(e: Experiment, colour: str) -> Column:
-    root = project_root()
-    result = Column(e, colour)
-    if run := evaluations(root).get(e.samples):
-        result.run, result.address = run.info.run_name, run_address(tracking_uri(root), run)
-    for path in PICTURES:
-        if content := read(path, e.revision):
-            kind = Path(path).suffix[1:]
-            result.pictures[path] = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def pictures(revision: str) -> dict[str, str]:
+    contents = {path: read(path, revision) for path in PICTURES}
+    return {
+        path: f"data:image/{Path(path).suffix[1:]};base64,{base64.b64encode(content).decode()}"
+        for path, content in contents.items()
+        if content
+    }
+
+
+def curves(revision: str) -> dict[str, dict[str, list[float]]]:
+    """The columns of the two tables of losses."""
+    found = {}
     for name in ("train", "validation"):
-        if content := read(f"output/plots/{name}.tsv", e.revision):
+        if content := read(f"output/plots/{name}.tsv", revision):
             rows = list(csv.DictReader(io.StringIO(content.decode()), delimiter="\t"))
-            result.curves[name] = {key: [float(row[key]) for row in rows] for key in rows[0]}
-    return result
+            found[name] = {key: [float(row[key]) for row in rows] for key in rows[0]}
+    return found
 
 
 def read(path: str, revision: str) -> bytes | None:

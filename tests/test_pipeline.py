@@ -60,13 +60,19 @@ def mlflow_runs(clone: Path, stage: str) -> list:
     return client.search_runs([experiment.experiment_id], f"tags.stage = '{stage}'", order_by=["attributes.start_time ASC"])
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory, fashion_mnist: Path) -> Path:
-    """A fresh clone of the committed tree with this tree's edits, after `dvc repro` of the smoke preset."""
-    clone = crash.clone(tmp_path_factory.mktemp("pipeline"))
-    edit_params(clone, {"runtime": {"data_folder": str(fashion_mnist)}})
+def smoke_clone(folder: Path, data: Path) -> Path:
+    """A fresh clone of the committed tree with this tree's edits, and the smoke preset committed."""
+    clone = crash.clone(folder)
+    edit_params(clone, {"runtime": {"data_folder": str(data)}})
     run(clone, "git", "add", "--all")
     run(clone, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "smoke preset")
+    return clone
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory, fashion_mnist: Path) -> Path:
+    """Such a clone after `dvc repro`."""
+    clone = smoke_clone(tmp_path_factory.mktemp("pipeline"), fashion_mnist)
     assert stages_run(run(clone, "dvc", "repro")) == ["download", "train", "sample", "evaluate"]
     return clone
 
