@@ -1,10 +1,12 @@
 """`make compare`: experiments side by side, the best first, and the MLflow runs that judged them.
 
-`python src/compare.py few-steps` takes the name of an experiment, or the name or id of an MLflow run, and says where both are.
+`python src/compare.py few-steps` takes the name of an experiment, or the name or id of the MLflow run that evaluated one, and
+says where both are.
 """
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -28,7 +30,9 @@ COLUMNS = {  # heading, metric, digits
     "val.": ("val_loss", 4),
 }
 SAMPLES = "output/samples.npz"
-WIDTH = 100  # columns, where there is no terminal
+WORKSPACE = "workspace"  # as DVC calls it
+WIDTH = 100  # of the table, and of what is no terminal
+SPARED = ("kid", "train", "val.", "prec.", "recall", "× floor")  # where the terminal is narrower, in this order
 
 
 @dataclass
@@ -54,8 +58,8 @@ def main() -> None:
     if name:
         print(links(name, found, runs))
     else:
-        terminal = sys.stdout.isatty()
-        Console(width=shutil.get_terminal_size().columns if terminal else WIDTH).print(table(found, runs))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+        Console(width=width, markup=False, emoji=False).print(table(found, runs, width))
 
 
 def experiments() -> list[Experiment]:
@@ -66,29 +70,35 @@ def experiments() -> list[Experiment]:
     command = [sys.executable, "-m", "dvc", "exp", "show", "--json", "--all-commits"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError((done.stderr.strip().splitlines() or ["`dvc exp show` failed"])[-1])
-    found, (workspace, *commits) = [], json.loads(done.stdout)
-    head = _experiment(commits[0], {})
-    edited = _experiment(workspace, head.params)
-    if edited.changes or edited.metrics != head.metrics:
+        said = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        raise UserError(said[0] if said else "`dvc exp show` failed")
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    found, rows = [], json.loads(done.stdout)
+    commits = rows[1:]
+    head = next((_experiment(commit, {}) for commit in commits if commit["rev"] == git.stdout.strip()), None)
+    if head is None:
+        raise UserError("there is no commit yet to compare with: `git commit` makes the first")
+    edited = _experiment(rows[0], head.params)
+    if edited.changes or edited.metrics != head.metrics or edited.state:
         found.append(edited)
     for commit in commits:
         base = _experiment(commit, {})
-        if commit["experiments"] or commit is commits[0]:
+        if commit["experiments"] or commit["rev"] == head.revision:
             found.append(base)
         for e in commit["experiments"] or []:
             found.append(_experiment(e["revs"][0], base.params, (e["executor"] or {}).get("state")))
-    return sorted(found, key=lambda e: e.metrics.get("fid", float("inf")))
+    return sorted(found, key=lambda e: e.metrics.get("fid", math.inf))
 
 
 def _experiment(row: dict, base: dict, state: str | None = None) -> Experiment:
     """From a row of `dvc exp show --json`; `base` are the parameters that it started from."""
     data = row.get("data") or {}
     params = flatten((data.get("params") or {}).get("params.yaml", {}).get("data") or {})
-    metrics = {name: value for file in (data.get("metrics") or {}).values() for name, value in (file.get("data") or {}).items()}
-    state = "" if state in (None, "success") else state
+    files = (data.get("metrics") or {}).values()
+    metrics = {name: value for file in files for name, value in (file.get("data") or {}).items() if math.isfinite(value)}
+    state = "unreadable" if row.get("error") else "" if state in (None, "success") else state
     return Experiment(
-        row["name"] or row["rev"][:7],
+        row["name"] or (row["rev"] if row["rev"] == WORKSPACE else row["rev"][:7]),
         row["rev"],
         params,
         {} if state else metrics,
@@ -98,33 +108,35 @@ def _experiment(row: dict, base: dict, state: str | None = None) -> Experiment:
     )
 
 
-def table(found: list[Experiment], runs: dict) -> Table:
+def table(found: list[Experiment], runs: dict, width: int) -> Table:
+    hidden = SPARED[: max(0, math.ceil((WIDTH - width) / 7))]
+    shown = [heading for heading in ("× floor", *COLUMNS) if heading not in hidden]
     result = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     result.add_column("experiment", overflow="fold")
     result.add_column("changed", overflow="fold", min_width=18)
-    for heading in ("× floor", *COLUMNS):
+    for heading in shown:
         result.add_column(heading, justify="right", no_wrap=True)
     result.add_column("MLflow run", overflow="fold", min_width=12)
-    best = champion(found)
+    best = lowest_fid(found)
     for e in found:
-        figures = [format(e.metrics[name], f".{digits}f") if name in e.metrics else "" for name, digits in COLUMNS.values()]
-        floor = f"{e.metrics['fid'] / e.metrics['fid_floor']:.0f}" if {"fid", "fid_floor"} <= e.metrics.keys() else ""
+        figures = {key: f"{e.metrics[name]:.{digits}f}" for key, (name, digits) in COLUMNS.items() if name in e.metrics}
+        if {"fid", "fid_floor"} <= e.metrics.keys():
+            figures["× floor"] = f"{e.metrics['fid'] / e.metrics['fid_floor']:.0f}"
         run = runs.get(e.samples)
         result.add_row(
             f"★ {e.name}" if e is best else e.name,
             "\n".join([*shortened(e), *([e.state] if e.state else [])]),
-            floor,
-            *figures,
+            *(figures.get(heading, "") for heading in shown),
             run.info.run_name.partition(" (")[0] if run else "",
             style="bold green" if e is best else None,
         )
     return result
 
 
-def champion(found: list[Experiment]) -> Experiment | None:
-    """The lowest FID of those with most samples: fewer raise it."""
+def lowest_fid(found: list[Experiment]) -> Experiment | None:
+    """Of those with most samples: fewer raise it."""
     judged = [e for e in found if "fid" in e.metrics]
-    return min(judged, key=lambda e: (-e.params["sample.count"], e.metrics["fid"]), default=None)
+    return min(judged, key=lambda e: (-e.params.get("sample.count", 0), e.metrics["fid"]), default=None)
 
 
 def shortened(e: Experiment, most: int = 3) -> list[str]:
@@ -137,13 +149,14 @@ def shortened(e: Experiment, most: int = 3) -> list[str]:
 
 def links(name: str, found: list[Experiment], runs: dict) -> str:
     """Both ends of the thread that `name` is one end of: DVC's experiment, and the MLflow run that judged it."""
-    for e in found:
+    for e in (e for e in found if "fid" in e.metrics):
         run = runs.get(e.samples)
         if name in (e.name, e.revision[:7], e.revision, *((run.info.run_name, run.info.run_id) if run else ())):
-            take = f"dvc exp apply {e.name}" if e.base else f"git checkout {e.name}"
+            take = f"`dvc exp apply {e.name}`" if e.base else f"`git checkout {e.name}`"
             page = run_address(tracking_uri(project_root()), run) if run else "its evaluation is in no run of this store"
-            return f"{e.name}: `{take}`\n{run.info.run_name if run else 'MLflow'}: {page}"
-    raise UserError(f"neither DVC nor MLflow has a finished {name}; `make compare` shows what there is")
+            where = "is at hand, as no commit has it" if e.revision == WORKSPACE else take
+            return f"{e.name}: {where}\n{run.info.run_name if run else 'MLflow'}: {page}"
+    raise UserError(f"no finished experiment or evaluation is called {name}; `make compare` shows those that are")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 Writes output/metrics/evaluate.json and output/nearest_neighbours.png.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from ddpm import tracking
@@ -15,9 +17,9 @@ from ddpm.data import CLASSES, RAW, load_split
 from ddpm.device import enough_memory, select_device
 from ddpm.features import extract, extract_cached, load_classifier
 from ddpm.figures import save_png, sheet
-from ddpm.files import file_md5, file_sha256, write_atomic
+from ddpm.files import file_md5, file_sha256, sha256, write_atomic
 from ddpm.metrics import fid, kid, memorisation, nearest, prdc
-from ddpm.params import UserError, clean_errors, load_params, project_root
+from ddpm.params import SampleParams, UserError, clean_errors, load_params, project_root
 from ddpm.resume import fingerprint, imported_source, run_folder
 
 MODEL = Path("models/diffusion_model.pth")
@@ -38,7 +40,9 @@ def main() -> None:
     test_images, test_labels = load_split(RAW, "test")
 
     root, required = project_root(), params.runtime.require_mlflow
-    checkpoint = file_sha256(MODEL) if MODEL.exists() else None
+    model = MODEL.read_bytes() if MODEL.exists() else None  # at once: it may be replaced meanwhile
+    checkpoint = None if model is None else sha256(model)
+    vouched_for = model is not None and drawn_from(model, params.sample)
     name = fingerprint(params.evaluate.model_dump(), [*imported_source(), SAMPLES, path])
     with (
         enough_memory(device, "close what else uses it"),
@@ -79,8 +83,19 @@ def main() -> None:
         run.best_evaluation(values)
         run.artifact(METRICS)
         run.artifact(NEIGHBOURS)
-        if checkpoint and np.isfinite(metrics["fid"]):
-            run.register(MODEL, params.sample.model_dump())
+        if vouched_for and np.isfinite(metrics["fid"]):
+            run.register(model, params.sample.model_dump())
+
+
+def drawn_from(model: bytes, sampling: SampleParams) -> bool:
+    """Whether DVC has it that the samples at hand were drawn from this model, in this way."""
+    try:
+        stage = yaml.safe_load(Path("dvc.lock").read_text())["stages"]["sample"]
+        made = {item["path"]: item["md5"] for item in stage["deps"] + stage["outs"]}
+        now = {MODEL.as_posix(): hashlib.md5(model).hexdigest(), SAMPLES.as_posix(): file_md5(SAMPLES)}
+        return now.items() <= made.items() and stage["params"]["params.yaml"]["sample"] == sampling.model_dump()
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        return False
 
 
 def load_samples(path: Path) -> tuple[Tensor, Tensor]:

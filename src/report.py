@@ -1,6 +1,6 @@
 """`make report`: experiments side by side on one page that needs no network, output/report.html.
 
-`python src/report.py few-steps sigmoid` chooses them by name, commits and branches among them; otherwise the best four are shown.
+`python src/report.py few-steps sigmoid` chooses them by the names that `make compare` shows; otherwise it takes the best four.
 """
 
 import argparse
@@ -63,7 +63,7 @@ class Column:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("names", nargs="*", help="of experiments, branches or commits")
+    parser.add_argument("names", nargs="*", help="as `make compare` shows them")
     names = parser.parse_args().names
     root = project_root()
     runs, uri = evaluations(root), tracking_uri(root)
@@ -101,8 +101,9 @@ def curves(revision: str) -> dict[str, dict[str, list[float]]]:
     found = {}
     for name in ("train", "validation"):
         if content := read(f"output/plots/{name}.tsv", revision):
-            rows = list(csv.DictReader(io.StringIO(content.decode()), delimiter="\t"))
-            found[name] = {key: [float(row[key]) for row in rows] for key in rows[0]}
+            reader = csv.DictReader(io.StringIO(content.decode()), delimiter="\t")
+            rows = list(reader)
+            found[name] = {key: [float(row[key]) for row in rows] for key in reader.fieldnames or ()}
     return found
 
 
@@ -115,6 +116,7 @@ def read(path: str, revision: str) -> bytes | None:
 
 
 def page(columns: list[Column]) -> str:
+    counts = {c.experiment.params.get("sample.count") for c in columns}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -124,12 +126,21 @@ def page(columns: list[Column]) -> str:
     )
     return environment.get_template("report.html.j2").render(
         columns=columns,
-        stages={name: stage["desc"] for name, stage in yaml.safe_load(Path("dvc.yaml").read_text())["stages"].items()},
+        stages=stages(),
         params=differing([c.experiment.params for c in columns]),
-        metrics=metric_rows([c.experiment.metrics for c in columns]),
+        metrics=metric_rows([c.experiment.metrics for c in columns], len(counts) == 1),
+        comparable=len(counts) == 1,
         charts=charts(columns),
         pictures=PICTURES,
     )
+
+
+def stages() -> dict[str, str]:
+    """What each stage makes, by dvc.yaml."""
+    try:
+        return {name: stage["desc"] for name, stage in yaml.safe_load(Path("dvc.yaml").read_text())["stages"].items()}
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        raise UserError("dvc.yaml: not here, or its stages can't be read; run from the repository's root") from None
 
 
 def differing(params: list[dict]) -> dict[str, list]:
@@ -139,16 +150,17 @@ def differing(params: list[dict]) -> dict[str, list]:
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
 
 
-def metric_rows(metrics: list[dict]) -> list[dict]:
-    """A row a metric: its values as text, which of them is best, and what real images score."""
+def metric_rows(metrics: list[dict], comparable: bool) -> list[dict]:
+    """A row a metric: its values as text, and if all have as many samples which is best, and what real images score."""
     rows = []
     for name, (meaning, less) in METRICS.items():
         values = [m.get(name) for m in metrics]
         known = [value for value in values if value is not None]
         if not known:
             continue
-        best = (min if less else max)(known) if less is not None and len(set(known)) > 1 else None
-        real = next((m[f"{name}{end}"] for m in metrics for end in ("_floor", "_real") if f"{name}{end}" in m), None)
+        best = (min if less else max)(known) if comparable and less is not None and len(set(known)) > 1 else None
+        reals = [m[f"{name}{end}"] for m in metrics for end in ("_floor", "_real") if f"{name}{end}" in m]
+        real = reals[0] if reals and comparable else None
         rows.append(
             {
                 "name": name,
@@ -169,7 +181,8 @@ def figure(value: float | None) -> str:
 def charts(columns: list[Column]) -> dict[str, str]:
     """Inline SVG by title."""
     drawn = {"FID, and what real images score (less is better)": fid_chart(columns)}
-    with_curves = [c for c in columns if len(c.curves) == 2]
+    needed = ("loss", "loss_quarter1", "loss_quarter4")
+    with_curves = [c for c in columns if len(c.curves) == 2 and c.curves["validation"].keys() >= set(needed)]
     if with_curves:
         drawn["Loss: training pale, validation dotted with its steps"] = loss_chart(with_curves)
         drawn["Validation loss by quarter of the timesteps, from hardly any noise to nothing else"] = quarters_chart(with_curves)
@@ -177,8 +190,8 @@ def charts(columns: list[Column]) -> dict[str, str]:
 
 
 def fid_chart(columns: list[Column]) -> str:
-    figure = Figure(figsize=(7, 0.9 + 0.42 * len(columns)), layout="constrained")
-    axes = figure.subplots()
+    drawing = Figure(figsize=(7, 0.9 + 0.42 * len(columns)), layout="constrained")
+    axes = drawing.subplots()
     for row, c in enumerate(columns):
         m = c.experiment.metrics
         axes.plot(m["fid"], -row, "o", color=c.colour, markersize=9)
@@ -187,39 +200,39 @@ def fid_chart(columns: list[Column]) -> str:
             axes.plot([m["fid_floor"], m["fid"]], [-row, -row], color=c.colour, alpha=0.35)
             axes.plot(m["fid_floor"], -row, "|", color=GREY, markersize=16, markeredgewidth=2)
     axes.set(xscale="log", xlabel="FID", yticks=[-row for row in range(len(columns))], ylim=(0.6 - len(columns), 0.5))
-    axes.set_yticklabels([c.experiment.name for c in columns])
+    axes.set_yticklabels([c.experiment.name for c in columns], parse_math=False)
     axes.margins(x=0.12)
-    return svg(figure)
+    return svg(drawing)
 
 
 def loss_chart(columns: list[Column]) -> str:
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
+    drawing = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = drawing.subplots()
     for c in columns:
         train, validation = c.curves["train"], c.curves["validation"]
         axes.plot(train["step"], train["loss"], color=c.colour, alpha=0.3, linewidth=1)
-        axes.plot(validation["step"], validation["loss"], "o-", color=c.colour, markersize=4, label=c.experiment.name)
+        axes.plot(validation["step"], validation["loss"], "o-", color=c.colour, markersize=4)
     axes.set(yscale="log", xlabel="step", ylabel="loss")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    return svg(figure)
+    return svg(drawing)
 
 
 def quarters_chart(columns: list[Column]) -> str:
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    for i, axes in enumerate(figure.subplots(2, 2, sharex=True).flat, start=1):
+    drawing = Figure(figsize=(7, 4.4), layout="constrained")
+    for i, axes in enumerate(drawing.subplots(2, 2, sharex=True).flat, start=1):
         for c in columns:
             curve = c.curves["validation"]
             axes.plot(curve["step"], curve[f"loss_quarter{i}"], "o-", color=c.colour, markersize=3, linewidth=1.5)
         axes.set(yscale="log", title=("first", "second", "third", "last")[i - 1] + " quarter")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.supxlabel("step", color=GREY, fontsize="medium")
-    figure.supylabel("loss", color=GREY, fontsize="medium")
-    return svg(figure)
+    drawing.supxlabel("step", color=GREY, fontsize="medium")
+    drawing.supylabel("loss", color=GREY, fontsize="medium")
+    return svg(drawing)
 
 
-def svg(figure: Figure) -> str:
+def svg(drawing: Figure) -> str:
     """The figure as an element of a page, light or dark, whose text is text."""
-    for axes in figure.axes:
+    for axes in drawing.axes:
         axes.set_facecolor("none")
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[:].set_color(GREY)
@@ -229,7 +242,7 @@ def svg(figure: Figure) -> str:
             text.set_color(GREY)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI, Query, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from ddpm.data import CLASSES
 from ddpm.device import select_device
@@ -32,7 +33,7 @@ COLUMNS = 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", nargs="?", type=Path, help=f"a file such as {MODEL}, instead of the champion")
-    parser.add_argument("--port", type=int, default=PORT)
+    parser.add_argument("--port", type=int, choices=range(1, 65536), metavar="PORT", default=PORT)
     options = parser.parse_args()
     with socket.socket() as probe:
         if probe.connect_ex((HOST, options.port)) == 0:
@@ -70,14 +71,24 @@ def application(generator: Generator, sampling: SampleParams, source: str) -> Fa
     def invalid(_: object, error: RequestValidationError) -> JSONResponse:
         faults = error.errors()
         if faults[0]["type"] == "json_invalid":
-            return JSONResponse({"error": f"not JSON ({faults[0]['ctx']['error']})"}, 422)
-        return JSONResponse({"error": "; ".join(explain({**f, "loc": f["loc"][1:]}, Request) for f in faults)}, 422)
+            return refusal(f"not JSON ({faults[0]['ctx']['error']})")
+        if faults[0]["loc"] == ("body",):
+            return refusal('the body should be JSON such as {"classes": ["Bag"]}, sent as Content-Type: application/json')
+        return refusal("; ".join(explain({**fault, "loc": fault["loc"][1:]}, Request) for fault in faults))
+
+    @app.exception_handler(HTTPException)
+    def refused(_: object, error: HTTPException) -> JSONResponse:
+        return refusal(error.detail, error.status_code)
 
     @app.exception_handler(UserError)
     def impossible(_: object, error: UserError) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, 422)
+        return refusal(str(error))
 
     return app
+
+
+def refusal(message: str, status: int = 422) -> JSONResponse:
+    return JSONResponse({"error": message}, status)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Prints the address of the runs when it is ready. `python src/ui.py --port 5001` 
 
 import argparse
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ READY_SECONDS = 120
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--port", type=int, default=PORT)
+    parser.add_argument("--port", type=int, choices=range(1, 65536), metavar="PORT", default=PORT)
     port = parser.parse_args().port
     root = project_root()
     uri = tracking_uri(root)
@@ -52,13 +53,14 @@ def main() -> None:
 
 def runs_address(server: subprocess.Popen, port: int) -> str:
     """The page of the runs, once the server answers."""
-    address = f"http://{HOST}:{port}"
+    address, session = f"http://{HOST}:{port}", requests.Session()
+    session.trust_env = False  # a proxy has no business here
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise UserError(f"the MLflow server ended with status {server.returncode}; `mlflow server` in this folder says why")
+            raise UserError(f"the MLflow server ended with status {server.returncode}; `{shlex.join(server.args)}` says why")
         try:
-            answer = requests.get(
+            answer = session.get(
                 f"{address}/api/2.0/mlflow/experiments/get-by-name", {"experiment_name": experiment_name()}, timeout=5
             )
         except requests.RequestException:
@@ -67,7 +69,9 @@ def runs_address(server: subprocess.Popen, port: int) -> str:
         if answer.ok:
             number = answer.json()["experiment"]["experiment_id"]
             return f"{address}/#/experiments/{number}/runs?workflowType=machine_learning"
-        return f"{address} (no runs yet: `dvc repro` makes the first)"
+        if answer.status_code == 404:
+            return f"{address} (no runs yet: `dvc repro` makes the first)"
+        return address
     raise UserError(f"the MLflow server doesn't answer at {address} within {READY_SECONDS} s")
 
 

@@ -1,18 +1,21 @@
 """The evaluation's own parts, which choose what is compared, and the evaluator's augmentation."""
 
+import hashlib
 import io
 import re
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm.data import load_split
-from ddpm.params import UserError
-from evaluate import class_balanced, load_samples
+from ddpm.params import UserError, load_params
+from evaluate import class_balanced, drawn_from, load_samples
 from train_classifier import augment
 
 MADE_ANEW = "`dvc repro sample` makes it anew"
@@ -195,3 +198,29 @@ def test_augmentation_is_a_view_of_the_image_but_for_the_erased_square(fashion_m
             assert extent.max() < 10
             assert (image[changed[:, 0], changed[:, 1]] == 0).all()
     assert len(augmented) == 30 and not torch.equal(augmented, images)
+
+
+def test_only_what_dvc_has_as_drawn_from_the_model_is_vouched_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sampling = load_params(Path(__file__).parents[1] / "params.yaml").sample
+    model, samples = b"weights", b"images"
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output/samples.npz").write_bytes(samples)
+    assert not drawn_from(model, sampling)  # there is no dvc.lock
+
+    def lock(**changes) -> None:
+        made = {"model": model, "samples": samples, "params": sampling.model_dump(), **changes}
+        stage = {
+            "deps": [{"path": "models/diffusion_model.pth", "md5": hashlib.md5(made["model"]).hexdigest()}],
+            "params": {"params.yaml": {"sample": made["params"]}},
+            "outs": [{"path": "output/samples.npz", "md5": hashlib.md5(made["samples"]).hexdigest()}],
+        }
+        (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": {"sample": stage}}))
+
+    lock()
+    assert drawn_from(model, sampling)
+    for changes in ({"model": b"others"}, {"samples": b"others"}, {"params": {**sampling.model_dump(), "seed": 99}}):
+        lock(**changes)
+        assert not drawn_from(model, sampling)
+    (tmp_path / "dvc.lock").write_text("stages: [")
+    assert not drawn_from(model, sampling)

@@ -65,6 +65,12 @@ def test_a_run_is_named_by_what_was_changed_of_what_it_hangs_on(repository):
     assert describe("sample", many)[0] == "sample sample.steps=3, sample.eta=0.5, sample.clip=false, and 2 more"
 
 
+@pytest.mark.parametrize("content", ["", "- 1", "train: [", "\0"])
+def test_a_preset_that_cannot_be_read_stops_nobody(repository, content):
+    (repository / "presets/mine.yaml").write_text(content)
+    assert describe("train", PARAMS)[0].startswith("train @")
+
+
 def test_an_experiment_and_a_preset_give_their_names(repository, monkeypatch):
     preset = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
     name, tags = describe("evaluate", changed(preset))
@@ -100,6 +106,7 @@ def test_outside_a_repository_it_says_so(tmp_path, monkeypatch):
     name, tags = describe("train", PARAMS)
     assert name == "train @unknown"
     assert tags["mlflow.source.git.commit"] == tags["git_dirty"] == "unknown"
+    assert "git checkout" not in tags.get("mlflow.note.content", "")
 
 
 def test_the_command_in_the_description_makes_the_parameters_again(repository):

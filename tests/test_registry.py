@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.params import SampleParams
+from ddpm.params import SampleParams, UserError
 from ddpm.tracking import run as runs
 from ddpm.tracking import start_run
 from ddpm.tracking.registry import CHAMPION, MODEL, champion
@@ -49,12 +49,10 @@ def empty(request):
 
 def evaluate(root: Path, name: str, fid: float, samples: int = 1000, evaluator: str = "e", **sampling) -> None:
     """As the stage does, of a checkpoint that is known by its name."""
-    checkpoint = root / f"{name}.pth"
-    checkpoint.write_text(name)
     with start_run("evaluate", {}, root, root / ".resume" / f"{name}-{fid}", checkpoint_sha256=name) as run:
         run.tags({"samples": samples, "evaluator_sha256": evaluator})
         run.metrics(0, {"eval/fid": fid})
-        run.register(checkpoint, {**SAMPLING, **sampling})
+        run.register(name.encode(), {**SAMPLING, **sampling})
 
 
 def versions(client) -> dict[str, str]:
@@ -120,23 +118,70 @@ def test_the_version_belongs_to_the_training_that_made_the_checkpoint(root, clie
     assert version.source == f"{owner.info.artifact_uri}/generator"
 
 
-def test_interrupted_half_way_it_is_completed(root, client, monkeypatch):
+CALLS = (  # of the client, in which a registration can be interrupted, and after how many good ones
+    ("create_registered_model", 0), ("search_model_versions", 0), ("log_artifacts", 0), ("create_model_version", 0),
+    *(("set_model_version_tag", good) for good in range(6)), ("update_model_version", 0), ("set_registered_model_alias", 0),
+)  # fmt: skip
+
+
+FOR_NEW_ONES = ("log_artifacts", "create_model_version", "set_registered_model_alias")
+
+
+@pytest.mark.parametrize(
+    ("call", "good", "known"), [(*c, known) for c in CALLS for known in (False, True) if not (known and c[0] in FOR_NEW_ONES)]
+)
+def test_interrupted_half_way_it_is_completed(root, client, monkeypatch, call, good, known):
     import mlflow
 
-    set_alias, failures = mlflow.MlflowClient.set_registered_model_alias, [1]
+    if known:
+        evaluate(root, "torn", 0.9, steps=3)
+    real, remaining = getattr(mlflow.MlflowClient, call), [good, 1]
 
-    def fails_once(self, *arguments):
-        if failures:
-            failures.pop()
+    def fails_once(self, *arguments, **options):
+        if remaining[0] == 0 and remaining[1]:
+            remaining[1] = 0
             raise mlflow.exceptions.MlflowException("gone")
-        return set_alias(self, *arguments)
+        remaining[0] -= 1
+        return real(self, *arguments, **options)
 
-    monkeypatch.setattr(mlflow.MlflowClient, "set_registered_model_alias", fails_once)
-    monkeypatch.setattr(runs, "RETRY_SECONDS", 0.1)
-    evaluate(root, "torn", 0.5)
-    assert not failures
-    assert best(client) == "torn"
+    monkeypatch.setattr(mlflow.MlflowClient, call, fails_once)
+    monkeypatch.setattr(runs, "RETRY_SECONDS", 0.05)
+    evaluate(root, "torn", 0.5, steps=9)
+    monkeypatch.undo()
+    assert not remaining[1], "never called"
     assert versions(client) == {"torn": "0.5"}
+    (version,) = client.search_model_versions(f"name = '{MODEL}'")
+    assert best(client) == "torn"
+    assert client.get_run(version.tags["evaluation"]).data.metrics["eval/fid"] == 0.5
+    assert version.description.startswith("FID 0.5 of 1000 samples; ")
+    assert champion(root)[2].steps == 9
+
+
+def test_a_champion_of_somebody_elses_holds_nobody_up(root, client):
+    client.create_registered_model(MODEL)
+    client.create_model_version(MODEL, (root / "elsewhere").as_uri())
+    client.set_registered_model_alias(MODEL, CHAMPION, 1)
+    with pytest.raises(UserError, match=r"version 1, the champion, was not registered by this version of the pipeline; `python"):
+        champion(root)
+    evaluate(root, "ours", 0.5)
+    assert client.get_model_version_by_alias(MODEL, CHAMPION).version == 1
+    assert client.get_model_version(MODEL, 2).tags["checkpoint_sha256"] == "ours"
+
+
+def test_a_version_whose_run_was_deleted_is_made_anew(root, client):
+    evaluate(root, "lost", 0.5)
+    (version,) = client.search_model_versions(f"name = '{MODEL}'")
+    client.delete_run(version.run_id)
+    evaluate(root, "lost", 0.6)
+    assert versions(client) == {"lost": "0.6"}
+    assert best(client) == "lost"
+    assert champion(root)[1].read_text() == "lost"
+
+
+def test_a_damaged_store_is_told_in_one_line(tmp_path):
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(UserError, match=r"^MLflow at sqlite:.*; `python src/serve.py models/diffusion_model.pth` serves a file$"):
+        champion(tmp_path)
 
 
 def test_two_evaluations_of_a_checkpoint_at_once_make_one_version(root, client):

@@ -21,8 +21,8 @@ import sample
 from conftest import free_port
 from ddpm.data import CLASSES
 from ddpm.generation import Generator, class_ids, class_labels
-from ddpm.params import SampleParams, explain, load_params
-from ddpm.serving import Request
+from ddpm.params import SampleParams, UserError, explain, load_params
+from ddpm.serving import Request, respond
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLING = load_params(ROOT / "params.yaml").sample
@@ -47,6 +47,8 @@ BAD_JSON = [
     ('{"classes": ["Bag", "Shoe"]}', "classes: ['Bag', 'Shoe'] should be a list of classes, by name or number; "),
     ('{"seed": 1.5}', "seed: 1.5 should be "),
     ("{oops", "not JSON ("),
+    ("", 'the body should be JSON such as {"classes": ["Bag"]}, sent as '),
+    ("[1]", 'the body should be JSON such as {"classes": ["Bag"]}, sent as '),
 ]
 
 
@@ -161,6 +163,25 @@ def test_a_bad_body_is_told_in_one_line(server, body, message):
     answer = requests.post(f"{server}/images", data=body, headers={"Content-Type": "application/json"}, timeout=30)
     assert answer.status_code == 422
     assert answer.json()["error"].startswith(message)
+
+
+def test_curls_own_content_type_is_told(server):
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    answer = requests.post(f"{server}/images", data='{"count": 1}', headers=headers, timeout=30)
+    assert answer.status_code == 422
+    assert answer.json()["error"].startswith("the body should be JSON such as ")
+    assert requests.get(f"{server}/nothing", timeout=30).json() == {"error": "Not Found"}
+
+
+@pytest.mark.parametrize(("label_dropout", "labels"), [(1.0, [10] * 4), (0.0, [0, 1, 2, 3])])
+def test_a_model_without_classes_or_guidance_is_asked_for_neither(random_model, label_dropout, labels):
+    generator = Generator(random_model, torch.device("cpu"))
+    generator.label_dropout = label_dropout
+    images, drawn = respond(generator, SAMPLING, Request(count=4, steps=2))
+    assert drawn == labels
+    assert len(images) == 4
+    with pytest.raises(UserError):
+        respond(generator, SAMPLING, Request(classes=["Bag"], guidance_scale=2.0, steps=2))
 
 
 def test_eight_clients_at_once_get_what_each_would_get_alone(server):

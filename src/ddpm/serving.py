@@ -53,6 +53,10 @@ def respond(generator: Generator, sampling: SampleParams, request: Request) -> t
     changes: dict[str, Any] = request.model_dump(include={"seed", "steps", "guidance_scale"}, exclude_none=True)
     if request.classes:
         changes["classes"] = [CLASSES.index(name) for name in request.classes]
+    if generator.label_dropout == 1:  # it knows no classes
+        changes.setdefault("classes", "none")
+    elif generator.label_dropout == 0:  # it can't be guided
+        changes.setdefault("guidance_scale", 1.0)
     p = sampling.model_copy(update=changes)
     generator.check(p)
     labels = class_labels(class_ids(p), request.count)

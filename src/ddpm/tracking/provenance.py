@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ SECTIONS = {  # of the parameters that a stage's result hangs on
 }
 PRESETS = Path("presets")
 SHOWN = 3  # changes in a name
-MADE = ("params.yaml", "dvc.lock", "data/", "models/", "output/")  # what runs and experiments change by themselves
+MADE = ("params.yaml", "dvc.lock", "data/", "models/diffusion_model", "output/")  # what runs and experiments change by themselves
 
 
 def describe(stage: str, params: dict) -> tuple[str, dict[str, str]]:
@@ -77,7 +78,10 @@ def _changed(flat: dict[str, Any], commit: str | None) -> dict[str, Any]:
 def _preset(flat: dict[str, Any], changed: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The preset whose values these are, and the changes that it doesn't explain."""
     for path in sorted(PRESETS.glob("*.yaml")):
-        values = {name: value for name, value in flatten(yaml.safe_load(path.read_text())).items() if name in flat}
+        try:
+            values = {name: value for name, value in flatten(yaml.safe_load(path.read_text())).items() if name in flat}
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):  # not ours to complain about
+            continue
         if values and all(flat[name] == value for name, value in values.items()):
             return path.stem, {name: value for name, value in changed.items() if name not in values}
     return "", changed
@@ -87,10 +91,14 @@ def _note(experiment: str, commit: str | None, preset: str, changed: dict[str, A
     """Markdown: the commands that bring the run's result back or make it again, and what is special about it."""
     short = (commit or "unknown")[:7]
     settings = [setting(name, value) for name, value in changed.items()]
-    again = "dvc exp run " + " ".join(f"-S '{text}'" for text in settings) if settings else "dvc repro"
-    lines = ["```sh", f"git checkout {short} && {again}  # the same again", "```"]
+    again = "dvc exp run " + " ".join(f"-S {shlex.quote(text)}" for text in settings) if settings else "dvc repro"
+    lines = []
     if experiment:
-        lines.insert(1, f"dvc exp apply {experiment}  # its parameters and results, into the workspace")
+        lines.append(f"dvc exp apply {experiment}  # its parameters and results, into the workspace")
+    if commit:
+        lines.append(f"git checkout {short} && {again}  # the same again")
+    if lines:
+        lines = ["```sh", *lines, "```"]
     if preset:
         lines.append(f"The preset **{preset}**.")
     if settings:

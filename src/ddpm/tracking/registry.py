@@ -2,9 +2,10 @@
 
 import json
 import tempfile
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
+from ddpm.files import write_atomic
 from ddpm.params import SampleParams, UserError
 from ddpm.tracking.store import REFUSED, quiet, root_cause, store_exists, tracking_uri
 
@@ -25,12 +26,12 @@ def register(client, owner: str, evaluation, checkpoint: Path, sampling: dict) -
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    tags = {name: evaluation.data.tags[name] for name in ("checkpoint_sha256", "evaluator_sha256", "samples")}
+    tags = {"evaluation": evaluation.info.run_id}  # the first: who is interrupted knows by it what to complete
+    tags |= {name: evaluation.data.tags[name] for name in ("checkpoint_sha256", "evaluator_sha256", "samples")}
     tags |= {"fid": str(evaluation.data.metrics["eval/fid"]), "sampling": json.dumps(sampling)}
-    tags |= {"evaluation": evaluation.info.run_id}
-    found = client.search_model_versions(f"name = '{MODEL}' and tags.checkpoint_sha256 = '{tags['checkpoint_sha256']}'")
-    number = found[0].version if found else _new_version(client, owner, checkpoint, sampling, tags)
-    if not found or _better(tags, found[0].tags):
+    version = _version(client, tags["checkpoint_sha256"])
+    number = version.version if version else _new_version(client, owner, checkpoint, sampling, tags)
+    if not version or version.tags.get("evaluation") == tags["evaluation"] or _better(tags, version.tags):
         for name, value in tags.items():
             client.set_model_version_tag(MODEL, number, name, value)
         described = f"FID {float(tags['fid']):.4g} of {tags['samples']} samples; {evaluation.info.run_name}"
@@ -41,8 +42,24 @@ def register(client, owner: str, evaluation, checkpoint: Path, sampling: dict) -
 
 
 def _better(mine: dict[str, str], theirs: dict[str, str]) -> bool:
-    comparable = mine["evaluator_sha256"] == theirs["evaluator_sha256"] and int(mine["samples"]) >= int(theirs["samples"])
-    return comparable and float(mine["fid"]) < float(theirs["fid"])
+    """False too where `theirs` has none of our tags: somebody registered it by hand."""
+    same_evaluator = mine["evaluator_sha256"] == theirs.get("evaluator_sha256")
+    return same_evaluator and int(mine["samples"]) >= int(theirs["samples"]) and float(mine["fid"]) < float(theirs["fid"])
+
+
+def _version(client, checkpoint_sha256: str):
+    """The checkpoint's version, or None; one whose run, and model with it, was deleted is removed."""
+    from mlflow.exceptions import MlflowException
+
+    for version in client.search_model_versions(f"name = '{MODEL}' and tags.checkpoint_sha256 = '{checkpoint_sha256}'"):
+        try:
+            if client.get_run(version.run_id).info.lifecycle_stage == "active":
+                return version
+        except MlflowException as error:
+            if error.error_code not in REFUSED:
+                raise
+        client.delete_model_version(MODEL, version.version)
+    return None
 
 
 def _new_version(client, owner: str, checkpoint: Path, sampling: dict, tags: dict[str, str]) -> str:
@@ -57,7 +74,7 @@ def _new_version(client, owner: str, checkpoint: Path, sampling: dict, tags: dic
             code_paths=[str(library)],
             artifacts={"checkpoint": str(checkpoint)},
             model_config=sampling,
-            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in NEEDED],
+            pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in NEEDED],
         )
         client.log_artifacts(owner, str(Path(folder) / "generator"), "generator")
     source = f"{client.get_run(owner).info.artifact_uri}/generator"
@@ -76,16 +93,27 @@ def champion(root: Path) -> tuple[str, Path, SampleParams] | None:
     from mlflow.exceptions import MlflowException
 
     quiet()
+    remedy = "`python src/serve.py models/diffusion_model.pth` serves a file"
     try:
-        found = mlflow.MlflowClient(uri).get_model_version_by_alias(MODEL, CHAMPION)
+        found = mlflow.MlflowClient(uri, uri).get_model_version_by_alias(MODEL, CHAMPION)
     except MlflowException as error:
         if error.error_code in REFUSED:  # it was never registered
             return None
-        raise UserError(f"MLflow at {uri}: {root_cause(error)}") from None
-    (copies := root / ".cache" / "champion").mkdir(parents=True, exist_ok=True)
-    file = f"{found.source}/artifacts/diffusion_model.pth"
-    try:
-        path = Path(mlflow.artifacts.download_artifacts(file, dst_path=str(copies), tracking_uri=uri))
+        raise UserError(f"MLflow at {uri}: {root_cause(error)}; {remedy}") from None
     except Exception as error:
-        raise UserError(f"MLflow at {uri}: {file}: {root_cause(error)}") from None
-    return f"{MODEL}, version {found.version}", path, SampleParams.model_validate_json(found.tags["sampling"])
+        raise UserError(f"MLflow at {uri}: {root_cause(error)}; {remedy}") from None
+    name, digest = f"{MODEL}, version {found.version}", found.tags.get("checkpoint_sha256")
+    try:
+        sampling = SampleParams.model_validate_json(found.tags["sampling"])
+    except (KeyError, ValueError):
+        raise UserError(f"{name}, the champion, was not registered by this version of the pipeline; {remedy}") from None
+    path = root / ".cache" / "champion" / f"{digest}.pth"
+    if not path.exists():
+        file = f"{found.source}/artifacts/diffusion_model.pth"
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                copy = mlflow.artifacts.download_artifacts(file, dst_path=folder, tracking_uri=uri)
+                write_atomic(path, Path(copy).read_bytes())
+        except Exception as error:
+            raise UserError(f"MLflow at {uri}: {file}: {root_cause(error)}; {remedy}") from None
+    return name, path, sampling

@@ -82,9 +82,9 @@ class Run:
         """Let the train run that this run evaluates carry these metrics, if they are its best yet."""
         self._append({"best_evaluation": values, "time": _now()})
 
-    def register(self, checkpoint: Path, sampling: dict) -> None:
+    def register(self, checkpoint: bytes, sampling: dict) -> None:
         """Let the model that this run evaluated be a version in MLflow's registry, served with this way of sampling."""
-        self._append({"register": self.journal.deposit("diffusion_model.pth", checkpoint.read_bytes()), "sampling": sampling})
+        self._append({"register": self.journal.deposit("diffusion_model.pth", checkpoint), "sampling": sampling})
 
     def finish(self, status: str) -> None:
         """End the run. What the store has not taken by then is kept, and a printed command ships it.

@@ -13,7 +13,6 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
-from ddpm.params import UserError
 from ddpm.tracking.journal import Journal
 
 EXPERIMENT = "fashion-mnist-ddpm"  # MLFLOW_EXPERIMENT_NAME names another
@@ -41,7 +40,7 @@ def tracking_uri(root: Path) -> str:
 
 def run_address(uri: str, run: Any) -> str:
     """The run's page: on the server, or on the one that `make ui` starts."""
-    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    server = re.sub(r"//[^/]*@", "//", uri.rstrip("/")) if uri.startswith("http") else "http://127.0.0.1:5000"  # no password
     return f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning"
 
 
@@ -60,7 +59,10 @@ def store_exists(uri: str) -> bool:
 
 
 def evaluations(root: Path) -> dict[str, Any]:
-    """The newest finished evaluation of each file of samples, by the MD5 that `dvc.lock` has of it."""
+    """The newest finished evaluation of each file of samples, by the MD5 that `dvc.lock` has of it.
+
+    None, and a warning, where the store can't be reached.
+    """
     uri = tracking_uri(root)
     if not store_exists(uri):
         return {}
@@ -74,11 +76,12 @@ def evaluations(root: Path) -> dict[str, Any]:
             [experiment.experiment_id],
             "tags.stage = 'evaluate' and attributes.status = 'FINISHED'",
             max_results=5000,
-            order_by=["attributes.start_time ASC"],
+            order_by=["attributes.start_time DESC"],
         )
     except Exception as error:
-        raise UserError(f"MLflow at {uri}: {root_cause(error)}") from None
-    return {run.data.tags["samples_md5"]: run for run in runs or [] if "samples_md5" in run.data.tags}
+        print(f"warning: MLflow at {uri}: {root_cause(error)}; its runs are left out", file=sys.stderr)
+        return {}
+    return {run.data.tags["samples_md5"]: run for run in reversed(runs or []) if "samples_md5" in run.data.tags}
 
 
 class Store:
@@ -146,7 +149,7 @@ class Store:
         name = experiment_name()
         (self.root / ".cache").mkdir(exist_ok=True)
         with FileLock(self.root / ".cache" / "mlflow.lock"):  # two processes that create one database at once crash
-            self.client = mlflow.MlflowClient(self.uri)
+            self.client = mlflow.MlflowClient(self.uri, self.uri)
             experiment = self.client.get_experiment_by_name(name)
             if experiment is None:
                 location = (self.root / "mlartifacts" / name).as_uri() if self.is_local else None
