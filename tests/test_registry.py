@@ -178,7 +178,8 @@ def test_a_version_whose_run_was_deleted_is_made_anew(root, client):
     assert champion(root)[1].read_text() == "lost"
 
 
-def test_a_damaged_store_is_told_in_one_line(tmp_path):
+def test_a_damaged_store_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it, where a store was opened
     (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
     with pytest.raises(UserError, match=r"^MLflow at sqlite:.*; `python src/serve.py models/diffusion_model.pth` serves a file$"):
         champion(tmp_path)
