@@ -63,7 +63,8 @@ def main() -> None:
 
 
 def experiments() -> list[Experiment]:
-    """All experiments of `dvc exp show`, the commits that they started from, and the last commit; the best `fid` first.
+    """All experiments of `dvc exp show`, the commits that they started from, and the last commit; those with most samples
+    first, by `fid`.
 
     The workspace is among them if it differs from its commit.
     """
@@ -87,7 +88,7 @@ def experiments() -> list[Experiment]:
             found.append(base)
         for e in commit["experiments"] or []:
             found.append(_experiment(e["revs"][0], base.params, (e["executor"] or {}).get("state")))
-    return sorted(found, key=lambda e: e.metrics.get("fid", math.inf))
+    return sorted(found, key=lambda e: (-e.params.get("sample.count", 0) * ("fid" in e.metrics), e.metrics.get("fid", math.inf)))
 
 
 def _experiment(row: dict, base: dict, state: str | None = None) -> Experiment:
@@ -127,10 +128,15 @@ def table(found: list[Experiment], runs: dict, width: int) -> Table:
             f"★ {e.name}" if e is best else e.name,
             "\n".join([*shortened(e), *([e.state] if e.state else [])]),
             *(figures.get(heading, "") for heading in shown),
-            run.info.run_name.partition(" (")[0] if run else "",
+            run_label(run) if run else "",
             style="bold green" if e is best else None,
         )
     return result
+
+
+def run_label(run) -> str:
+    """The run's name without what was changed."""
+    return run.info.run_name.partition(" (")[0]
 
 
 def lowest_fid(found: list[Experiment]) -> Experiment | None:
@@ -151,7 +157,8 @@ def links(name: str, found: list[Experiment], runs: dict) -> str:
     """Both ends of the thread that `name` is one end of: DVC's experiment, and the MLflow run that judged it."""
     for e in (e for e in found if "fid" in e.metrics):
         run = runs.get(e.samples)
-        if name in (e.name, e.revision[:7], e.revision, *((run.info.run_name, run.info.run_id) if run else ())):
+        runs_names = (run.info.run_name, run_label(run), run.info.run_id) if run else ()
+        if name in (e.name, e.revision[:7], e.revision, *runs_names):
             take = f"`dvc exp apply {e.name}`" if e.base else f"`git checkout {e.name}`"
             page = run_address(tracking_uri(project_root()), run) if run else "its evaluation is in no run of this store"
             where = "is at hand, as no commit has it" if e.revision == WORKSPACE else take

@@ -19,6 +19,8 @@ PRESETS = Path("presets")
 
 
 def main() -> None:
+    if not PRESETS.is_dir():
+        raise UserError(f"{PRESETS}: there is no such folder here; run from the repository's root")
     names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
     if len(sys.argv) != 2 or sys.argv[1] not in names:
         raise UserError(f"usage: python src/preset.py {'|'.join(names)}")

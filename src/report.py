@@ -17,7 +17,7 @@ import yaml
 from dvc.exceptions import DvcException
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from compare import Experiment, experiments
 from ddpm.files import write_atomic
@@ -201,6 +201,7 @@ def fid_chart(columns: list[Column]) -> str:
             axes.plot(m["fid_floor"], -row, "|", color=GREY, markersize=16, markeredgewidth=2)
     axes.set(xscale="log", xlabel="FID", yticks=[-row for row in range(len(columns))], ylim=(0.6 - len(columns), 0.5))
     axes.set_yticklabels([c.experiment.name for c in columns], parse_math=False)
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.12)
     return svg(drawing)
 
@@ -208,10 +209,10 @@ def fid_chart(columns: list[Column]) -> str:
 def loss_chart(columns: list[Column]) -> str:
     drawing = Figure(figsize=(7, 3.6), layout="constrained")
     axes = drawing.subplots()
-    for c in columns:
+    for c, width in zip(columns, line_widths(columns), strict=True):
         train, validation = c.curves["train"], c.curves["validation"]
-        axes.plot(train["step"], train["loss"], color=c.colour, alpha=0.3, linewidth=1)
-        axes.plot(validation["step"], validation["loss"], "o-", color=c.colour, markersize=4)
+        axes.plot(train["step"], train["loss"], color=c.colour, alpha=0.3, linewidth=width / 2)
+        axes.plot(validation["step"], validation["loss"], "o-", color=c.colour, linewidth=width, markersize=width + 2)
     axes.set(yscale="log", xlabel="step", ylabel="loss")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     return svg(drawing)
@@ -220,14 +221,19 @@ def loss_chart(columns: list[Column]) -> str:
 def quarters_chart(columns: list[Column]) -> str:
     drawing = Figure(figsize=(7, 4.4), layout="constrained")
     for i, axes in enumerate(drawing.subplots(2, 2, sharex=True).flat, start=1):
-        for c in columns:
+        for c, width in zip(columns, line_widths(columns), strict=True):
             curve = c.curves["validation"]
-            axes.plot(curve["step"], curve[f"loss_quarter{i}"], "o-", color=c.colour, markersize=3, linewidth=1.5)
+            axes.plot(curve["step"], curve[f"loss_quarter{i}"], "o-", color=c.colour, markersize=width + 1, linewidth=width)
         axes.set(yscale="log", title=("first", "second", "third", "last")[i - 1] + " quarter")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     drawing.supxlabel("step", color=GREY, fontsize="medium")
     drawing.supylabel("loss", color=GREY, fontsize="medium")
     return svg(drawing)
+
+
+def line_widths(columns: list[Column]) -> list[float]:
+    """Thick below, thin above: experiments that share a model have the same curves, and all are to be seen."""
+    return [1.5 + 1.5 * (len(columns) - 1 - i) for i in range(len(columns))]
 
 
 def svg(drawing: Figure) -> str:

@@ -8,6 +8,7 @@
 
 import argparse
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ from ddpm.data import CLASSES
 from ddpm.device import select_device
 from ddpm.figures import png, sheet
 from ddpm.generation import Generator
-from ddpm.params import SampleParams, UserError, clean_errors, explain, load_params, project_root
+from ddpm.params import SampleParams, Stopped, UserError, clean_errors, explain, load_params, project_root
 from ddpm.serving import Request, encoded, respond
 from ddpm.tracking import registry
 
@@ -46,7 +47,8 @@ def main() -> None:
         source = checkpoint = MODEL
     generator = Generator(checkpoint, select_device(params.runtime.device, deterministic=params.runtime.deterministic))
     print(f"{source}, at http://{HOST}:{options.port}; Ctrl-C ends it", flush=True)
-    uvicorn.run(application(generator, sampling, str(source)), host=HOST, port=options.port, log_level="warning")
+    with suppress(Stopped):
+        uvicorn.run(application(generator, sampling, str(source)), host=HOST, port=options.port, log_level="warning")
 
 
 def application(generator: Generator, sampling: SampleParams, source: str) -> FastAPI:

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import requests
 
-from ddpm.params import UserError, clean_errors, project_root
+from ddpm.params import Stopped, UserError, clean_errors, project_root
 from ddpm.tracking.store import experiment_name, tracking_uri
 
 HOST, PORT = "127.0.0.1", 5000
@@ -44,7 +44,8 @@ def main() -> None:
     )
     try:
         print(f"{runs_address(server, port)}\nCtrl-C ends it", flush=True)
-        server.wait()
+        with suppress(Stopped):
+            server.wait()
     finally:
         with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)

@@ -30,6 +30,7 @@ BAD = [  # of a query, and what is said of it
     ("classes=Bagg", "classes: ['Bagg'] should be a list of classes, by name or number; did you mean Bag?"),
     ("classes=10", "classes: ['10'] should be a list of classes, by name or number; "),
     ("classes=", "classes: [''] should be a list of classes, by name or number; there are T-shirt/top, Trouser, "),
+    ("classes=Bag,Shirt", "classes: ['Bag,Shirt'] should be a list of classes, by name or number; one in each"),
     ("count=0", "count: '0' should be at least 1"),
     ("count=501", "count: '501' should be at most 500"),
     ("count=x", "count: 'x' should be a whole number"),

@@ -80,7 +80,7 @@ def test_from_an_experiment_to_its_mlflow_run_and_back(clone: Path) -> None:
     judged = named(clone, "evaluate", "few-steps")
     there = run(clone, sys.executable, "src/compare.py", "few-steps")
     assert judged.info.run_id in there
-    for name in (judged.info.run_id, judged.info.run_name):
+    for name in (judged.info.run_id, judged.info.run_name, "evaluate few-steps"):
         back = run(clone, sys.executable, "src/compare.py", name)
         assert back == there
         assert "`dvc exp apply few-steps`" in back

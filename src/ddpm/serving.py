@@ -43,8 +43,12 @@ def _class_name(text: str) -> str:
     names = {name.lower(): name for name in CLASSES} | {str(i): name for i, name in enumerate(CLASSES)}
     if name := names.get(text.strip().lower()):
         return name
-    close = difflib.get_close_matches(text.lower(), names, n=1)
-    hint = f"did you mean {names[close[0]]}?" if close else f"there are {', '.join(CLASSES)}"
+    if "," in text:
+        hint = "one in each"
+    elif close := difflib.get_close_matches(text.lower(), names, n=1):
+        hint = f"did you mean {names[close[0]]}?"
+    else:
+        hint = f"there are {', '.join(CLASSES)}"
     raise PydanticCustomError("allowed", f"a list of classes, by name or number; {hint}")
 
 
