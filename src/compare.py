@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from rich import box
@@ -54,7 +55,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("name", nargs="?", help="of an experiment or an MLflow run")
     name = parser.parse_args().name
-    found, runs = experiments(), evaluations(project_root())
+    with ThreadPoolExecutor() as pool:  # each takes seconds
+        asked = pool.submit(experiments), pool.submit(evaluations, project_root())
+    found, runs = (future.result() for future in asked)
     if name:
         print(links(name, found, runs))
     else:
@@ -63,10 +66,9 @@ def main() -> None:
 
 
 def experiments() -> list[Experiment]:
-    """All experiments of `dvc exp show`, the commits that they started from, and the last commit; those with most samples
-    first, by `fid`.
+    """All experiments of `dvc exp show` and the last commit; those with most samples first, by `fid`.
 
-    The workspace is among them if it differs from its commit.
+    Among them are commits that experiments started from, and the workspace, where they have other results than the last.
     """
     command = [sys.executable, "-m", "dvc", "exp", "show", "--json", "--all-commits"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -84,7 +86,7 @@ def experiments() -> list[Experiment]:
         found.append(edited)
     for commit in commits:
         base = _experiment(commit, {})
-        if commit["experiments"] or commit["rev"] == head.revision:
+        if commit["rev"] == head.revision or (commit["experiments"] and base.samples != head.samples):
             found.append(base)
         for e in commit["experiments"] or []:
             found.append(_experiment(e["revs"][0], base.params, (e["executor"] or {}).get("state")))
@@ -118,7 +120,7 @@ def table(found: list[Experiment], runs: dict, width: int) -> Table:
     for heading in shown:
         result.add_column(heading, justify="right", no_wrap=True)
     result.add_column("MLflow run", overflow="fold", min_width=12)
-    best = lowest_fid(found)
+    best = found[0] if "fid" in found[0].metrics else None
     for e in found:
         figures = {key: f"{e.metrics[name]:.{digits}f}" for key, (name, digits) in COLUMNS.items() if name in e.metrics}
         if {"fid", "fid_floor"} <= e.metrics.keys():
@@ -137,12 +139,6 @@ def table(found: list[Experiment], runs: dict, width: int) -> Table:
 def run_label(run) -> str:
     """The run's name without what was changed."""
     return run.info.run_name.partition(" (")[0]
-
-
-def lowest_fid(found: list[Experiment]) -> Experiment | None:
-    """Of those with most samples: fewer raise it."""
-    judged = [e for e in found if "fid" in e.metrics]
-    return min(judged, key=lambda e: (-e.params.get("sample.count", 0), e.metrics["fid"]), default=None)
 
 
 def shortened(e: Experiment, most: int = 3) -> list[str]:
