@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ddpm.params import UserError, clean_errors, project_root
-from ddpm.tracking.provenance import flatten, setting
+from ddpm.tracking.provenance import flatten, git, setting
 from ddpm.tracking.store import evaluations, run_address, tracking_uri
 
 COLUMNS = {  # heading, metric, digits
@@ -55,14 +55,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("name", nargs="?", help="of an experiment or an MLflow run")
     name = parser.parse_args().name
-    with ThreadPoolExecutor() as pool:  # each takes seconds
-        asked = pool.submit(experiments), pool.submit(evaluations, project_root())
-    found, runs = (future.result() for future in asked)
+    found, runs = experiments_and_runs()
     if name:
         print(links(name, found, runs))
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
         Console(width=width, markup=False, emoji=False).print(table(found, runs, width))
+
+
+def experiments_and_runs() -> tuple[list[Experiment], dict]:
+    """What DVC knows, and MLflow's evaluations by the MD5 of their samples."""
+    with ThreadPoolExecutor() as pool:  # each takes seconds
+        asked = pool.submit(experiments), pool.submit(evaluations, project_root())
+    return asked[0].result(), asked[1].result()
 
 
 def experiments() -> list[Experiment]:
@@ -75,20 +80,18 @@ def experiments() -> list[Experiment]:
     if done.returncode:
         said = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
         raise UserError(said[0] if said else "`dvc exp show` failed")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    found, rows = [], json.loads(done.stdout)
-    commits = rows[1:]
-    head = next((_experiment(commit, {}) for commit in commits if commit["rev"] == git.stdout.strip()), None)
+    rows, head_revision = json.loads(done.stdout), git("rev-parse", "HEAD")
+    commits = [(_experiment(commit, {}), commit["experiments"] or []) for commit in rows[1:]]
+    head = next((base for base, _ in commits if base.revision == head_revision), None)
     if head is None:
         raise UserError("there is no commit yet to compare with: `git commit` makes the first")
-    edited = _experiment(rows[0], head.params)
+    found, edited = [], _experiment(rows[0], head.params)
     if edited.changes or edited.metrics != head.metrics or edited.state:
         found.append(edited)
-    for commit in commits:
-        base = _experiment(commit, {})
-        if commit["rev"] == head.revision or (commit["experiments"] and base.samples != head.samples):
+    for base, started in commits:
+        if base is head or (started and base.samples != head.samples):
             found.append(base)
-        for e in commit["experiments"] or []:
+        for e in started:
             found.append(_experiment(e["revs"][0], base.params, (e["executor"] or {}).get("state")))
     return sorted(found, key=lambda e: (-e.params.get("sample.count", 0) * ("fid" in e.metrics), e.metrics.get("fid", math.inf)))
 

@@ -19,10 +19,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
-from compare import Experiment, experiments
+from compare import WORKSPACE, Experiment, experiments_and_runs
 from ddpm.files import write_atomic
 from ddpm.params import UserError, clean_errors, project_root
-from ddpm.tracking.store import evaluations, run_address, tracking_uri
+from ddpm.tracking.store import run_address, tracking_uri
 
 PAGE = Path("output/report.html")
 MOST = 4
@@ -65,10 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", help="as `make compare` shows them")
     names = parser.parse_args().names
-    root = project_root()
-    runs, uri = evaluations(root), tracking_uri(root)
-    columns = []
-    for e, colour in zip(chosen(names), cycle(COLOURS), strict=False):
+    found, runs = experiments_and_runs()
+    uri, columns = tracking_uri(project_root()), []
+    for e, colour in zip(chosen(names, found), cycle(COLOURS), strict=False):
         column = Column(e, colour, pictures(e.revision), curves(e.revision))
         if run := runs.get(e.samples):
             column.run, column.address = run.info.run_name, run_address(uri, run)
@@ -77,14 +76,14 @@ def main() -> None:
     print(f"{PAGE}: {', '.join(c.experiment.name for c in columns)}")
 
 
-def chosen(names: list[str]) -> list[Experiment]:
-    found = [e for e in experiments() if "fid" in e.metrics]
-    known = {key: e for e in found for key in (e.revision, e.revision[:7], e.name)}
+def chosen(names: list[str], found: list[Experiment]) -> list[Experiment]:
+    judged = [e for e in found if "fid" in e.metrics]
+    known = {key: e for e in judged for key in (e.revision, e.revision[:7], e.name)}
     if missing := [name for name in names if name not in known]:
         raise UserError(f"no finished experiment is called {missing[0]}; `make compare` shows those that are")
-    if not found:
+    if not judged:
         raise UserError("there is nothing to show yet: `dvc repro` makes the first figures")
-    return [known[name] for name in dict.fromkeys(names)] or found[:MOST]
+    return [known[name] for name in dict.fromkeys(names)] or judged[:MOST]
 
 
 def pictures(revision: str) -> dict[str, str]:
@@ -110,7 +109,7 @@ def curves(revision: str) -> dict[str, dict[str, list[float]]]:
 def read(path: str, revision: str) -> bytes | None:
     """The file as it was there; None where neither git nor DVC's cache has it."""
     try:
-        return dvc.api.read(path, rev=None if revision == "workspace" else revision, mode="rb")
+        return dvc.api.read(path, rev=None if revision == WORKSPACE else revision, mode="rb")
     except (DvcException, OSError):
         return None
 
@@ -181,8 +180,8 @@ def figure(value: float | None) -> str:
 def charts(columns: list[Column]) -> dict[str, str]:
     """Inline SVG by title."""
     drawn = {"FID, and what real images score (less is better)": fid_chart(columns)}
-    needed = ("loss", "loss_quarter1", "loss_quarter4")
-    with_curves = [c for c in columns if len(c.curves) == 2 and c.curves["validation"].keys() >= set(needed)]
+    needed = {"loss", "loss_quarter1", "loss_quarter4"}
+    with_curves = [c for c in columns if len(c.curves) == 2 and c.curves["validation"].keys() >= needed]
     if with_curves:
         drawn["Loss: training pale, validation dotted with its steps"] = loss_chart(with_curves)
         drawn["Validation loss by quarter of the timesteps, from hardly any noise to nothing else"] = quarters_chart(with_curves)

@@ -40,15 +40,14 @@ def main() -> None:
         if probe.connect_ex((HOST, options.port)) == 0:
             raise UserError(f"port {options.port} is taken; choose another: python src/serve.py --port {options.port + 1}")
     params = load_params()
-    source, checkpoint, sampling = options.model, options.model, params.sample
-    if checkpoint is None and (champion := registry.champion(project_root())):
+    checkpoint = options.model or MODEL
+    source, sampling = str(checkpoint), params.sample
+    if options.model is None and (champion := registry.champion(project_root())):
         source, checkpoint, sampling = champion
-    elif checkpoint is None:
-        source = checkpoint = MODEL
     generator = Generator(checkpoint, select_device(params.runtime.device, deterministic=params.runtime.deterministic))
     print(f"{source}, at http://{HOST}:{options.port}; Ctrl-C ends it", flush=True)
     with suppress(Stopped):
-        uvicorn.run(application(generator, sampling, str(source)), host=HOST, port=options.port, log_level="warning")
+        uvicorn.run(application(generator, sampling, source), host=HOST, port=options.port, log_level="warning")
 
 
 def application(generator: Generator, sampling: SampleParams, source: str) -> FastAPI:

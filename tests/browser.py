@@ -27,9 +27,9 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
-def ui(browser: Browser, **options) -> Page:
+def ui(browser: Browser) -> Page:
     """A page for MLflow's UI, without its assistant."""
-    context = browser.new_context(viewport={"width": 1280, "height": 800}, **options)
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
     context.add_init_script(NO_ASSISTANT)
     page = context.new_page()
     page.set_default_timeout(60_000)

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import subprocess
 import sys
 import time
@@ -81,10 +80,10 @@ def server(random_model):
     stop(process)
 
 
-def serve(*arguments: str, **environment: str) -> tuple[int, subprocess.Popen]:
+def serve(*arguments: str) -> tuple[int, subprocess.Popen]:
     port = free_port()
     command = [sys.executable, "src/serve.py", *arguments, "--port", str(port)]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         try:

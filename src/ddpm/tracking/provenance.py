@@ -25,7 +25,8 @@ MADE = ("params.yaml", "dvc.lock", "data/", "models/diffusion_model", "output/")
 def describe(stage: str, params: dict) -> tuple[str, dict[str, str]]:
     """The name and the tags, a description among them, of a stage's run with these parameters in the current folder."""
     experiment = os.environ.get("DVC_EXP_NAME", "")
-    commit = os.environ.get("DVC_EXP_BASELINE_REV") or _git("rev-parse", "HEAD")
+    head = git("rev-parse", "HEAD")
+    commit = os.environ.get("DVC_EXP_BASELINE_REV") or head
     flat = {name: value for name, value in flatten(params).items() if name.partition(".")[0] in SECTIONS.get(stage, ())}
     changed = _changed(flat, commit)
     preset, others = _preset(flat, changed)
@@ -36,11 +37,11 @@ def describe(stage: str, params: dict) -> tuple[str, dict[str, str]]:
         few.append(f"and {len(others) - SHOWN} more")
     text = ", ".join(few)
     what = f"{label} ({text})" if label and text else label or text or f"@{(commit or 'unknown')[:7]}"
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    status = git("status", "--porcelain", "--untracked-files=no")
     edited = [line[2:].strip() for line in (status or "").splitlines() if not line[2:].strip().startswith(MADE)]
     tags = {
         "mlflow.note.content": _note(experiment, commit, preset, changed, edited),
-        "mlflow.source.git.commit": _git("rev-parse", "HEAD") or "unknown",
+        "mlflow.source.git.commit": head or "unknown",
         "mlflow.source.name": " ".join(sys.argv),
         "mlflow.source.type": "LOCAL",
         "git_dirty": "unknown" if status is None else str(bool(status)).lower(),
@@ -67,7 +68,7 @@ def setting(name: str, value: Any) -> str:
 
 def _changed(flat: dict[str, Any], commit: str | None) -> dict[str, Any]:
     """Those of the parameters that the commit has otherwise."""
-    text = _git("show", f"{commit}:params.yaml") if commit else None
+    text = git("show", f"{commit}:params.yaml") if commit else None
     try:
         before = flatten(yaml.safe_load(text or ""))
     except (yaml.YAMLError, AttributeError):  # no commit, or none that has parameters
@@ -114,7 +115,8 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
+    """What the command prints; None where it fails, or there is no git."""
     try:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.rstrip()
     except (OSError, subprocess.SubprocessError):

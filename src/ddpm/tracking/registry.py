@@ -90,17 +90,14 @@ def champion(root: Path) -> tuple[str, Path, SampleParams] | None:
     if not store_exists(uri):
         return None
     import mlflow
-    from mlflow.exceptions import MlflowException
 
     quiet()
     remedy = "`python src/serve.py models/diffusion_model.pth` serves a file"
     try:
         found = mlflow.MlflowClient(uri, uri).get_model_version_by_alias(MODEL, CHAMPION)
-    except MlflowException as error:
-        if error.error_code in REFUSED:  # it was never registered
-            return None
-        raise UserError(f"MLflow at {uri}: {root_cause(error)}; {remedy}") from None
     except Exception as error:
+        if getattr(error, "error_code", None) in REFUSED:  # it was never registered
+            return None
         raise UserError(f"MLflow at {uri}: {root_cause(error)}; {remedy}") from None
     name, digest = f"{MODEL}, version {found.version}", found.tags.get("checkpoint_sha256")
     try:

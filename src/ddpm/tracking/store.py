@@ -184,15 +184,10 @@ class Store:
 
             params = [Param(name, str(value)) for name, value in entry["start"]["params"].items()]
             self.client.log_batch(self.run_id, params=params)
-        elif "preview" in entry:
-            path = self.journal.outbox / entry["preview"]
+        elif deposited := entry.get("preview") or entry.get("artifact") or entry.get("register"):
+            path = self.journal.outbox / deposited
             if path.exists():  # or it was shipped before this process resumed the run
-                self._log_image(path, entry["step"], entry["time"])
-                shutil.rmtree(path.parent)
-        elif "artifact" in entry:
-            path = self.journal.outbox / entry["artifact"]
-            if path.exists():
-                self.client.log_artifact(self.run_id, str(path), entry["folder"])
+                self._send_file(entry, path)
                 shutil.rmtree(path.parent)
         elif "tags" in entry:
             for name, value in entry["tags"].items():
@@ -201,11 +196,6 @@ class Store:
             self._log_dataset(**entry["dataset"])
         elif "best_evaluation" in entry:
             self._log_best_evaluation(entry["best_evaluation"], entry["time"])
-        elif "register" in entry:
-            path = self.journal.outbox / entry["register"]
-            if path.exists():
-                self._register(path, entry["sampling"])
-                shutil.rmtree(path.parent)
         elif "end" in entry:
             if self.monitor:
                 self.monitor.finish()
@@ -214,6 +204,14 @@ class Store:
                 self.monitor.mlflow_logger.flush()
                 self.monitor = None
             self.client.set_terminated(self.run_id, entry["end"], entry["time"])
+
+    def _send_file(self, entry: dict, path: Path) -> None:
+        if "preview" in entry:
+            self._log_image(path, entry["step"], entry["time"])
+        elif "artifact" in entry:
+            self.client.log_artifact(self.run_id, str(path), entry["folder"])
+        else:
+            self._register(path, entry["sampling"])
 
     def _register(self, checkpoint: Path, sampling: dict) -> None:
         from filelock import FileLock
