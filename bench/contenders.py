@@ -109,8 +109,8 @@ class Ours(Contender):
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         p = self.p.model_copy(update={"batch_size": len(images)})
-        _, t, eps, dropped = (x.to(self.device) for x in training.draw(p, self.steps, 1, self.diffusion))
-        return training.batch_loss(self.model, self.diffusion, images, labels, t, eps, dropped)
+        _, t, eps, dropped = (x.to(self.device) for x in training.draw(p, self.steps, 1, SHAPE, self.diffusion))
+        return training.batch_loss(self.model, self.diffusion, images, labels.masked_fill(dropped, NULL_CLASS), t, eps)
 
     def sample(self, labels: Tensor, evaluations: int) -> Tensor:
         guidance, steps = (GUIDANCE, evaluations // 2) if self.conditional else (1.0, evaluations)

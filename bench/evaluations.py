@@ -17,7 +17,7 @@ SHORT = {"ddpm": (20, 50), "ddim": (5, 10, 20), "dpmpp_2m": (5, 10, 20)}
 def run(full: bool) -> dict:
     device = torch.device("cpu")
     count = 2000 if full else 500
-    model, diffusion, _ = load_model(ROOT / "models/diffusion_model.pth", device)
+    model, diffusion, *_ = load_model(ROOT / "models/diffusion_model.pth", device)
     fid = judge(load_split(ROOT / "data/FashionMNIST/raw", "train")[0])
     rows = {}
     for sampler, budgets in (FULL if full else SHORT).items():

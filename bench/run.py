@@ -1,8 +1,8 @@
 """`make bench`, or `python bench/run.py [--full] [part …]`: this project beside its peers, measured on this machine.
 
-Parts: throughput, step, growth, evaluations, quality, and rates, seeds and ablations, which have no short form. The
+Parts: throughput, step, growth, evaluations, quality, and scale, rates, seeds and ablations, which only --full runs. The
 short form of the others takes a quarter of an hour, --full of all some five hours. Each part leaves its figures in
-bench/results/, and all of those become the tables and plots of docs/RESULTS.md and the README. `--report` only does the latter.
+bench/results/, and all of those become the tables and plots of docs/ and the README. `--report` only does the latter.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import evaluations
 import growth
 import quality
 import rates
+import scale
 import seeds
 import step
 import throughput
@@ -30,8 +31,8 @@ from contenders import ROOT
 from measure import RESULTS, keep, machine
 
 SHORT = {"throughput": throughput, "step": step, "growth": growth, "evaluations": evaluations, "quality": quality}
-PARTS = SHORT | {"rates": rates, "seeds": seeds, "ablations": ablations}
-PAGE, README = ROOT / "docs/RESULTS.md", ROOT / "README.md"  # all parts, and some of them
+PARTS = SHORT | {"scale": scale, "rates": rates, "seeds": seeds, "ablations": ablations}
+PAGES = [ROOT / page for page in ("docs/RESULTS.md", "docs/OPERATIONS.md", "README.md")]
 PICTURES = ROOT / "docs/images"
 
 
@@ -58,8 +59,8 @@ def write_pages() -> None:
     """Put every part's table into its places, and draw its plot."""
     PICTURES.mkdir(exist_ok=True)
     for name, part in PARTS.items():
-        if f"<!-- {name} -->" not in PAGE.read_text():
-            sys.exit(f"{PAGE}: has no place for {name} (<!-- {name} --> … <!-- /{name} -->)")
+        if not any(f"<!-- {name} -->" in page.read_text() for page in PAGES):
+            sys.exit(f"no page has a place for {name} (<!-- {name} --> … <!-- /{name} -->)")
         path = RESULTS / f"{name}.json"
         result = json.loads(path.read_text()) if path.exists() else None
         if result and hasattr(part, "plot"):
@@ -68,7 +69,7 @@ def write_pages() -> None:
             axes.grid(which="both", alpha=0.2)
             figure.savefig(PICTURES / f"{name}.png", dpi=110, metadata={"Software": None})
             plt.close(figure)
-        for page in (PAGE, README):
+        for page in PAGES:
             page.write_text(filled(page, name, result))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from contenders import ROOT
+from contenders import NULL_CLASS, ROOT, SHAPE
 from ddpm import tracking, training
 from ddpm.data import load_split, to_model_range
 from ddpm.diffusion import Diffusion
@@ -36,15 +36,15 @@ def breakdown(p: TrainParams, steps: int) -> dict[str, float]:
     taken: dict[str, list[float]] = {part: [] for part in PARTS}
     for step in range(steps + 5):
         clock = [time.perf_counter()]
-        batch, t, eps, dropped = training.draw(p, step, len(images), diffusion)
-        x0, y = to_model_range(images[batch]), labels[batch]
+        batch, t, eps, dropped = training.draw(p, step, len(images), SHAPE, diffusion)
+        x0, y = to_model_range(images[batch]), labels[batch].masked_fill(dropped, NULL_CLASS)
         clock.append(time.perf_counter())
         model.zero_grad()
-        loss = training.batch_loss(model, diffusion, x0, y, t, eps, dropped)
+        loss = training.batch_loss(model, diffusion, x0, y, t, eps)
         clock.append(time.perf_counter())
         loss.backward()
         clock.append(time.perf_counter())
-        torch.nn.utils.clip_grad_norm_(weights, p.grad_clip)
+        torch.nn.utils.clip_grad_norm_(weights, training.GRAD_CLIP)
         for optimizer in optimizers:
             optimizer.step()
         clock.append(time.perf_counter())

@@ -1,15 +1,21 @@
-"""Stage 1, `python src/download.py`: Fashion-MNIST's four files, verified, in data/FashionMNIST/raw."""
+"""Stage 1, `python src/download.py`: the data set, in MNIST's format, in data/<name>/raw; Fashion-MNIST's bytes verified."""
 
 from pathlib import Path
 
-from ddpm.data import RAW, download
-from ddpm.params import clean_errors, load_params, project_root
+from ddpm.data import raw_folder
+from ddpm.folder import take_folder
+from ddpm.params import FASHION_MNIST, clean_errors, load_params, project_root
+from ddpm.sources import download
 
 
 def main() -> None:
-    folder = load_params().runtime.data_folder
-    download(RAW, project_root() / ".cache", Path(folder).expanduser() if folder else None)
-    print(f"Fashion-MNIST is in {RAW}")
+    p = load_params().data
+    raw, folder = raw_folder(p.name), Path(p.folder).expanduser() if p.folder else None
+    if p.name == FASHION_MNIST:
+        download(raw, project_root() / ".cache", folder)
+    else:
+        take_folder(folder, raw)
+    print(f"{p.name} is in {raw}")
 
 
 if __name__ == "__main__":

@@ -14,97 +14,107 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm import tracking
-from ddpm.data import CLASSES, to_uint8
+from ddpm.data import to_uint8
 from ddpm.device import enough_memory, select_device
+from ddpm.distributed import ALONE, Group
 from ddpm.figures import save_gif, save_png, sheet
 from ddpm.files import file_sha256, read_verified, write_atomic, write_verified
-from ddpm.generation import BATCH, NULL_CLASS, Generator, class_ids, class_labels
+from ddpm.generation import Generator, batches
 from ddpm.params import Params, SampleParams, UserError, clean_errors, load_params, project_root
-from ddpm.resume import fingerprint, imported_source, run_folder
+from ddpm.resume import fingerprint, imported_source
 from ddpm.samplers import ImageNoise
+from ddpm.stage import perform
 
 MODEL = Path("models/diffusion_model.pth")
 OUTPUT = Path("output")
 GRID_COLUMNS = 10
-STRIP_COLUMNS, GIF_FRAMES = 11, 41
+STRIP_ROWS, STRIP_COLUMNS, GIF_FRAMES = 10, 11, 41
 
 
 def main() -> None:
     params = load_params()
+    p = params.sample
     device = select_device(params.runtime.device, deterministic=params.runtime.deterministic)
     with enough_memory(device, "close what else uses it"):
-        sample(params, device)
+        generator = Generator(MODEL, device)
+        try:
+            generator.check(p)
+        except UserError as error:
+            raise UserError(f"params.yaml: {error}") from None
+        checkpoint, name = file_sha256(MODEL), fingerprint(p.model_dump(), [*imported_source(), MODEL])
+
+        def work(group: Group, folder: Path) -> None:
+            if group.first:
+                track_sampling(params, generator, checkpoint, folder, group)
+            else:
+                draw(generator, p, folder, group)
+
+        perform(work, name, params.runtime.processes, device)
 
 
-def sample(params: Params, device: torch.device) -> None:
-    p = params.sample
-    generator = Generator(MODEL, device)
-    try:
-        generator.check(p)
-    except UserError as error:
-        raise UserError(f"params.yaml: {error}") from None
-    classes = class_ids(p)
-    labels = class_labels(classes, p.count)
-
-    root, checkpoint, required = project_root(), file_sha256(MODEL), params.runtime.require_mlflow
-    name = fingerprint(p.model_dump(), [*imported_source(), MODEL])
-    with (
-        run_folder(root / ".resume" / name) as folder,
-        tracking.start_run("sample", params.model_dump(), root, folder, str(device), required, checkpoint) as run,
-    ):
+def track_sampling(params: Params, generator: Generator, checkpoint: str, folder: Path, group: Group) -> None:
+    """Draw the images, write the outputs, and log it all as one MLflow run."""
+    p, root, required, where = params.sample, project_root(), params.runtime.require_mlflow, str(generator.device)
+    with tracking.start_run("sample", params.model_dump(), root, folder, where, required, checkpoint) as run:
         began = time.monotonic()
-        images, history, drawn = draw(generator, labels, p, folder)
+        images, history, drawn = draw(generator, p, folder, group)
         seconds = time.monotonic() - began
-
-        start = ImageNoise(p.seed, 0, len(history[0]), (1, 28, 28), torch.device("cpu"))()  # as the first batch drew it
-        write_outputs(images, labels, classes, [to_uint8(start), *history])
+        start = ImageNoise(p.seed, 0, len(history[0]), generator.image_shape, torch.device("cpu"))()  # as the first batch drew it
+        write_outputs(images, [to_uint8(start), *history], generator, p)
         run.metrics(0, {"sample/seconds": seconds, "sample/images_per_second": drawn / seconds})
         for path in ("generated_samples.png", "denoising.png", "denoising.gif"):
             run.artifact(OUTPUT / path)
 
 
-def draw(generator: Generator, labels: Tensor, p: SampleParams, folder: Path) -> tuple[Tensor, list[Tensor], int]:
-    """Images uint8 [N, 28, 28] for `labels` [N], what the first few of them were after each step, and how many are newly drawn.
+def draw(generator: Generator, p: SampleParams, folder: Path, group: Group = ALONE) -> tuple[Tensor, list[Tensor], int] | None:
+    """All images uint8 [N, …], what the first few of them were after each step, and how many of them are newly drawn.
 
-    Every batch is kept in `folder`, so that an interrupted run draws only what it lacks.
+    Every process of `group` draws its share of the batches; only the first gets the images, the others None. A batch that is
+    drawn is kept in `folder`, so that an interrupted run draws only what it lacks.
     """
-    images, history, drawn = torch.empty(len(labels), 28, 28, dtype=torch.uint8), [], 0
-    with tqdm(total=len(labels) * p.steps, unit=" steps", unit_scale=True, desc="sample", dynamic_ncols=True) as bar:
-        for first, y in zip(range(0, len(labels), BATCH), labels.split(BATCH), strict=True):
+    mine = group.share(batches(generator.class_ids(p), p.count))
+    images, history, drawn = [], [], 0
+    total = sum(len(labels) for _, labels in mine) * p.steps
+    with tqdm(total=total, unit=" steps", unit_scale=True, desc="sample", dynamic_ncols=True, disable=not group.first) as bar:
+        for first, labels in mine:
             kept = folder / f"images-{first:07d}.pt"
             batch = read_verified(kept)
             if batch is None:
                 batch = {"history": []}
-                for x in generator.walk(y, p, first):
+                for x in generator.walk(labels, p, first):
                     if first == 0:
-                        batch["history"].append(to_uint8(x[: len(CLASSES)]).cpu())
-                    bar.update(len(y))
+                        batch["history"].append(to_uint8(x[:STRIP_ROWS]).cpu())
+                    bar.update(len(labels))
                 batch["images"] = to_uint8(x).cpu()
                 write_verified(kept, batch)
-                drawn += len(y)
-            bar.update((first + len(y)) * p.steps - bar.n)
-            images[first : first + len(y)] = batch["images"]
+                drawn += len(labels)
+            images.append(batch["images"])
             history += batch["history"]
-    return images, history, drawn
+            bar.update(sum(map(len, images)) * p.steps - bar.n)
+    gathered = group.gather(torch.cat(images) if images else torch.empty(0, dtype=torch.uint8))
+    drawn = group.gather(torch.tensor([drawn]))
+    return (gathered, history, drawn.sum().item()) if group.first else None
 
 
-def write_outputs(images: Tensor, labels: Tensor, classes: list[int], history: list[Tensor]) -> None:
-    """`history`: the first images, uint8 [n, 28, 28], before the first network evaluation and after each."""
+def write_outputs(images: Tensor, history: list[Tensor], generator: Generator, p: SampleParams) -> None:
+    """`history`: the first images, uint8 [n, …], before the first network evaluation and after each."""
+    classes = generator.class_ids(p)
     archive = io.BytesIO()
-    stored = labels.masked_fill(labels == NULL_CLASS, -1)
-    np.savez_compressed(archive, images=images.numpy(), labels=stored.numpy())
+    labels = torch.cat([labels for _, labels in batches(classes, p.count)])
+    np.savez_compressed(archive, images=images.numpy(), labels=labels.masked_fill(labels == generator.null_class, -1).numpy())
     write_atomic(OUTPUT / "samples.npz", archive.getvalue())
 
-    if NULL_CLASS in classes:
-        grid = sheet(images[: GRID_COLUMNS * GRID_COLUMNS], GRID_COLUMNS)
-    else:
+    named = generator.null_class not in classes
+    if named:
         columns = min(GRID_COLUMNS, len(images) // len(classes))
         rows = [images[i :: len(classes)][:columns] for i in range(len(classes))]
-        grid = sheet(torch.cat(rows), columns, [CLASSES[c] for c in classes])
+        grid = sheet(torch.cat(rows), columns, [generator.classes[c] for c in classes])
+    else:
+        grid = sheet(images[: GRID_COLUMNS * GRID_COLUMNS], GRID_COLUMNS)
     save_png(OUTPUT / "generated_samples.png", grid)
 
     shown = evenly(history, STRIP_COLUMNS)
-    names = [] if NULL_CLASS in classes else [CLASSES[c] for c in (classes * len(CLASSES))[: len(history[0])]]
+    names = [generator.classes[c] for c in (classes * STRIP_ROWS)[: len(history[0])]] if named else []
     save_png(OUTPUT / "denoising.png", sheet(torch.stack(shown, dim=1).flatten(0, 1), len(shown), names))
     save_gif(OUTPUT / "denoising.gif", [sheet(x, columns=5) for x in evenly(history, GIF_FRAMES)])
 

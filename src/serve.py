@@ -18,7 +18,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ddpm.data import CLASSES
 from ddpm.device import select_device
 from ddpm.figures import png, sheet
 from ddpm.generation import Generator
@@ -55,7 +54,8 @@ def application(generator: Generator, sampling: SampleParams, source: str) -> Fa
 
     @app.get("/")
     def about() -> dict:
-        return {"model": source, "classes": CLASSES, "sampling": sampling.model_dump(), "request": Request.model_json_schema()}
+        about = {"model": source, "classes": generator.classes, "sampling": sampling.model_dump()}
+        return about | {"request": Request.model_json_schema()}
 
     @app.get("/sheet")
     def get_sheet(request: Annotated[Request, Query()]) -> Response:

@@ -4,7 +4,6 @@ Writes models/diffusion_model.pth, output/metrics/train.json and output/plots/{t
 goes on where its last saved state is when it is started again.
 """
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -14,14 +13,16 @@ from torch import Tensor
 
 from ddpm import tracking
 from ddpm.checkpoint import save_model
-from ddpm.data import CLASSES, FILES, RAW, load_split
+from ddpm.data import data_files, digest, load_data, raw_folder
 from ddpm.device import can_compile, enough_memory, select_device
+from ddpm.distributed import Group, is_worker
 from ddpm.figures import png, sheet
 from ddpm.files import file_sha256, write_atomic
 from ddpm.params import Params, clean_errors, load_params, project_root
-from ddpm.resume import fingerprint, imported_source, run_folder
+from ddpm.resume import fingerprint, imported_source
 from ddpm.schedule import terminal_warning
-from ddpm.training import Data, Trained, train, use_bfloat16
+from ddpm.stage import perform
+from ddpm.training import PREVIEW_ROWS, Data, Log, Trained, architecture, train, use_bfloat16
 
 MODEL = Path("models/diffusion_model.pth")
 METRICS = Path("output/metrics/train.json")
@@ -35,47 +36,61 @@ class RunLog:
         self.metrics, self.sync, self.run = run.metrics, run.journal.sync, run
 
     def preview(self, step: int, images: Tensor) -> None:
-        self.run.preview(step, png(sheet(images, columns=len(CLASSES))))
+        self.run.preview(step, png(sheet(images, columns=len(images) // PREVIEW_ROWS)))
 
 
 def main() -> None:
     params = load_params()
     p = params.train
     device = select_device(params.runtime.device, deterministic=params.runtime.deterministic)
-    if warning := terminal_warning(p.diffusion.schedule, p.diffusion.timesteps):
+    if not is_worker() and (warning := terminal_warning(p.diffusion.schedule, p.diffusion.timesteps)):
         print(f"warning: train.diffusion: {warning}", file=sys.stderr)
-    compile_model = can_compile(device) if params.runtime.compile == "auto" else params.runtime.compile
-    too_large = f"lower train.batch_size ({p.batch_size}) or train.model.channels ({p.model.channels})"
-    with enough_memory(device, too_large):
-        data = Data(*(x.to(device) for split in ("train", "test") for x in load_split(RAW, split)))
-        name = fingerprint(p.model_dump(), [*imported_source(), *(RAW / file for file in FILES)])
-        with run_folder(project_root() / ".resume" / name) as folder:
-            track_training(params, data, device, folder, compile_model)
+    data = load_data(params.data.name)
+    architecture(p, data)  # where there is none for such images, it is told now
+    name = fingerprint(p.model_dump(), [*imported_source(), *data_files(params.data.name)])
+
+    def work(group: Group, folder: Path) -> None:
+        mine = data.to(device)
+        if group.first:
+            track_training(params, mine, device, folder, group)
+        else:
+            training(params, mine, device, None, None, group)
+
+    with enough_memory(device, f"lower train.batch_size ({p.batch_size}) or train.model.channels ({p.model.channels})"):
+        perform(work, name, params.runtime.processes, device)
 
 
-def track_training(params: Params, data: Data, device: torch.device, folder: Path, compile_model: bool) -> None:
+def training(params: Params, data: Data, device: torch.device, states: Path | None, log: Log | None, group: Group) -> Trained:
+    runtime = params.runtime
+    compile_model = can_compile(device) if runtime.compile == "auto" else runtime.compile
+    return train(params.train, data, device, states, log, compile_model, group, runtime.accumulate)
+
+
+def track_training(params: Params, data: Data, device: torch.device, folder: Path, group: Group) -> None:
     """Train from the states in `folder`, write the outputs, and log it all as one MLflow run."""
     p, root, required = params.train, project_root(), params.runtime.require_mlflow
     with tracking.start_run("train", params.model_dump(), root, folder, str(device), required) as run:
-        digest = hashlib.sha256("".join(FILES.values()).encode()).hexdigest()
+        data_sha256 = digest(params.data.name)
         profile = {"train_images": len(data.images), "test_images": len(data.test_images)}
-        run.dataset("fashion-mnist", digest[:32], str(RAW), profile, "training")
-        trained = train(p, data, device, folder, RunLog(run), compile_model)
-        write_outputs(trained, params)
+        run.dataset(params.data.name, data_sha256[:32], str(raw_folder(params.data.name)), profile, "training")
+        trained = training(params, data, device, folder, RunLog(run), group)
+        write_outputs(trained, params, data)
         run.artifact(MODEL, "model")
         run.tags(
             {
                 "checkpoint_sha256": file_sha256(MODEL),
-                "data_sha256": digest,
+                "data_sha256": data_sha256,
                 "precision": "bfloat16" if use_bfloat16(p, device) else "float32",
                 "parameters": sum(w.numel() for w in trained.weights.values()),
+                "processes": group.size,
             }
         )
 
 
-def write_outputs(trained: Trained, params: Params) -> None:
+def write_outputs(trained: Trained, params: Params, data: Data) -> None:
     p = params.train
-    save_model(MODEL, trained.weights, p.model.model_dump(), p.diffusion.model_dump(), p.label_dropout)
+    label_dropout = p.label_dropout if data.classes else 1.0  # it never sees a class
+    save_model(MODEL, trained.weights, architecture(p, data), p.diffusion.model_dump(), label_dropout, data.classes)
     for name, curve in (("train", trained.train_curve), ("validation", trained.validation_curve)):
         lines = ["\t".join(curve[0])] + [
             "\t".join(str(value) if isinstance(value, int) else f"{value:.6g}" for value in row.values()) for row in curve

@@ -1,8 +1,9 @@
-"""Train the evaluator, once, by hand: `python src/train_classifier.py [--out models/classifier.pth]`.
+"""Train the evaluator of params.yaml's data set, once, by hand: `python src/train_classifier.py [--out models/classifier.pth]`.
 
 No stage of the pipeline: figures compare only under the same frozen features. Prints, and writes beside the weights,
 the test accuracy and two floors that should be close: the FID between halves of the training set, which the classifier
-has seen, and between the test set, which it has not, and the training set.
+has seen, and between the test set, which it has not, and the training set. Without classes the network learns by which of
+four quarter turns an image has been turned (Gidaris et al. 2018), and is judged by that.
 """
 
 import argparse
@@ -14,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.data import CLASSES, RAW, load_split
+from ddpm.data import load_data
 from ddpm.features import Classifier, extract
 from ddpm.files import serialise, sha256, write_atomic
 from ddpm.metrics import fid
-from ddpm.params import clean_errors
+from ddpm.params import clean_errors, load_params
 
 RECIPE = {
     "seed": 0,
@@ -35,9 +36,9 @@ FLOOR_DRAWS = 5
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift, mirror and partly erase each of the uint8 images [N, 28, 28]."""
-    n, size = len(images), images.shape[-1]
-    padded = F.pad(images, (2, 2, 2, 2))
+    """Shift, mirror and partly erase each of the uint8 images [N, H, H] or [N, H, H, 3]."""
+    n, size = len(images), images.shape[1]
+    padded = F.pad(images, (0, 0) * (images.ndim - 3) + (2, 2, 2, 2))
     shift = torch.randint(0, 5, (2, n, 1), generator=generator)
     rows, columns = torch.arange(size) + shift[0], torch.arange(size) + shift[1]
     mirrored = torch.rand(n, 1, generator=generator) < 0.5
@@ -45,24 +46,34 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     images = padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
     corner = torch.randint(-5, size - 5, (2, n, 1), generator=generator)
     inside = (torch.arange(size) >= corner) & (torch.arange(size) < corner + 10)  # [2, N, size]
-    return images.masked_fill(inside[0][:, :, None] & inside[1][:, None, :], 0)
+    erased = inside[0][:, :, None] & inside[1][:, None, :]
+    return images.masked_fill(erased if images.ndim == 3 else erased.unsqueeze(3), 0)
 
 
-def train(images: Tensor, labels: Tensor) -> Classifier:
+def turned(images: Tensor) -> tuple[Tensor, Tensor]:
+    """The images, each turned by one of four quarter turns, and by which."""
+    quarters = torch.arange(len(images)) % 4
+    return torch.stack([image.rot90(int(k)) for image, k in zip(images, quarters, strict=True)]), quarters
+
+
+def train(images: Tensor, labels: Tensor, classes: int) -> Classifier:
+    """`classes` of 0: the network learns turns."""
     torch.manual_seed(RECIPE["seed"])
     generator = torch.Generator().manual_seed(RECIPE["seed"])
-    model = Classifier(dropout=RECIPE["dropout"]).to(memory_format=torch.channels_last).train()
+    model = blank(images, classes, RECIPE["dropout"]).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(
         model.parameters(), RECIPE["learning_rate"], momentum=0.9, nesterov=True, weight_decay=RECIPE["weight_decay"]
     )
-    steps = RECIPE["epochs"] * (len(images) // RECIPE["batch_size"])
+    batch_size = min(RECIPE["batch_size"], len(images))
+    steps = RECIPE["epochs"] * (len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RECIPE["learning_rate"], total_steps=steps, pct_start=0.2)
     with tqdm(total=steps, unit="step") as bar:
         for _ in range(RECIPE["epochs"]):
             order = torch.randperm(len(images), generator=generator)
-            for batch in order[: len(order) // RECIPE["batch_size"] * RECIPE["batch_size"]].view(-1, RECIPE["batch_size"]):
-                _, logits = model(augment(images[batch], generator))
-                loss = F.cross_entropy(logits, labels[batch], label_smoothing=RECIPE["label_smoothing"])
+            for batch in order[: len(order) // batch_size * batch_size].view(-1, batch_size):
+                x, y = (images[batch], labels[batch]) if classes else turned(images[batch])
+                _, logits = model(augment(x, generator))
+                loss = F.cross_entropy(logits, y, label_smoothing=RECIPE["label_smoothing"])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -72,42 +83,52 @@ def train(images: Tensor, labels: Tensor) -> Classifier:
     return model
 
 
+def blank(images: Tensor, classes: int, dropout: float = 0.0) -> Classifier:
+    return Classifier(classes or 4, 1 if images.ndim == 3 else 3, dropout)
+
+
+def accuracy(model: Classifier, images: Tensor, labels: Tensor, classes: int) -> float:
+    images, labels = (images, labels) if classes else turned(images)
+    _, predictions = extract(model, images, torch.device("cpu"))
+    return (predictions == labels).float().mean().item()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/classifier.pth"))
-    out = parser.parse_args().out
-    train_images, train_labels = load_split(RAW, "train")
-    test_images, test_labels = load_split(RAW, "test")
+    out, name = parser.parse_args().out, load_params().data.name
+    data, cpu = load_data(name), torch.device("cpu")
+    classes = len(data.classes)
 
-    weights = train(train_images, train_labels).state_dict()
+    weights = train(data.images, data.labels, classes).state_dict()
     weights = {name: w.half().contiguous() if w.is_floating_point() else w for name, w in weights.items()}
-    model = Classifier()
+    model = blank(data.images, classes)
     model.load_state_dict(weights)  # judged as it will be used: from half precision, in float32
     model.eval()
-    cpu = torch.device("cpu")
-    train_features, train_predictions = extract(model, train_images, cpu)
-    test_features, test_predictions = extract(model, test_images, cpu)
+    train_features, _ = extract(model, data.images, cpu)
+    test_features, _ = extract(model, data.test_images, cpu)
     seen, unseen = [], []
     for draw in range(FLOOR_DRAWS):  # equal n, the same number of each class, against the same half of the training set
-        order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(draw))
-        of_class = [order[train_labels[order] == c] for c in range(len(CLASSES))]
+        order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(draw))
+        of_class = [order[data.labels[order] == c] for c in range(max(1, classes))]
         half = train_features[torch.cat([c[: len(c) // 2] for c in of_class])]
-        n = len(test_features) // len(CLASSES)
+        n = len(test_features) // len(of_class)
         seen.append(fid(train_features[torch.cat([c[len(c) // 2 :][:n] for c in of_class])], half))
         unseen.append(fid(test_features, half))
-    data = serialise({"weights": weights})
+    content = serialise({"weights": weights})
     card = {
-        "sha256": sha256(data),
+        "sha256": sha256(content),
+        "data": name,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "test_accuracy": (test_predictions == test_labels).float().mean().item(),
-        "train_accuracy": (train_predictions == train_labels).float().mean().item(),
+        "test_accuracy": accuracy(model, data.test_images, data.test_labels, classes),
+        "train_accuracy": accuracy(model, data.images, data.labels, classes),
         # the closer these two, the less the features know their training set
         "fid_train_half_against_train_half": sum(seen) / FLOOR_DRAWS,
         "fid_test_against_train_half": sum(unseen) / FLOOR_DRAWS,
         "recipe": RECIPE,
     }
     print(json.dumps(card, indent=2))
-    write_atomic(out, data)
+    write_atomic(out, content)
     write_atomic(out.with_suffix(".json"), (json.dumps(card, indent=2) + "\n").encode())
 
 

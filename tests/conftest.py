@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from ddpm.checkpoint import save_model
-from ddpm.data import FILES, download
+from ddpm.data import FILES
 from ddpm.files import file_sha256
+from ddpm.sources import download
 from ddpm.unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]

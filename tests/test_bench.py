@@ -10,7 +10,7 @@ import torch
 import quality
 from contenders import NULL_CLASS, PEERS, SHAPE, Contender, Ours, guard, unet2d
 from measure import gflop
-from run import PAGE, PARTS, README, RESULTS, filled
+from run import PAGES, PARTS, RESULTS, filled
 from twin import Twin
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,7 +89,7 @@ def test_garbage_is_no_figure(monkeypatch):
 MEASURED = sorted(path.stem for path in RESULTS.glob("*.json"))
 
 
-@pytest.mark.parametrize("page", [PAGE, README])
+@pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("part", PARTS)
 def test_the_pages_hold_the_figures_that_were_measured(part, page):
     path = RESULTS / f"{part}.json"
@@ -100,7 +100,7 @@ def test_the_pages_hold_the_figures_that_were_measured(part, page):
 
 def test_a_page_has_places_for_parts_alone_and_shows_the_pictures_that_are_there():
     assert MEASURED and set(MEASURED) <= set(PARTS)
-    for page, places in ((PAGE, sorted(PARTS)), (README, ["quality", "throughput"])):
+    for page, places in zip(PAGES, (sorted({*PARTS} - {"scale"}), ["scale"], ["quality", "throughput"]), strict=True):
         text = page.read_text()
         assert sorted(re.findall(r"<!-- (\w+) -->", text)) == places
         assert [path for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) if not (page.parent / path).exists()] == []

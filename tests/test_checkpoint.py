@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from ddpm.checkpoint import load_model, save_model
+from ddpm.data import CLASSES
+from ddpm.files import serialise
 from ddpm.params import UserError
 from ddpm.unet import UNet
 
@@ -23,7 +25,7 @@ def random_unet(seed: int = 0, **changes) -> UNet:
 def test_model_round_trip(tmp_path):
     model = random_unet()
     save_model(tmp_path / "m.pth", model.state_dict(), SMALL, DIFFUSION, 0.25)
-    loaded, diffusion, label_dropout = load_model(tmp_path / "m.pth", CPU)
+    loaded, diffusion, label_dropout, classes = load_model(tmp_path / "m.pth", CPU)
 
     x, t, y = torch.randn(4, 1, 28, 28), torch.tensor([0, 7, 30, 49]), torch.tensor([0, 3, 9, 10])
     with torch.no_grad():
@@ -36,6 +38,20 @@ def test_model_round_trip(tmp_path):
     assert not any(p.requires_grad for p in loaded.parameters())
     assert {name: getattr(diffusion, name) for name in DIFFUSION} == DIFFUSION
     assert label_dropout == 0.25
+    assert classes == list(CLASSES)
+
+
+def test_another_data_set_s_shape_and_classes(tmp_path):
+    shape = {**SMALL, "classes": 2, "image_channels": 3, "image_size": 32, "attention": []}
+    save_model(tmp_path / "m.pth", UNet(**shape).state_dict(), shape, DIFFUSION, 0.25, ["cat", "dog"])
+    loaded, _, _, classes = load_model(tmp_path / "m.pth", CPU)
+    assert (loaded.image_shape, loaded.null_class, classes) == ((3, 32, 32), 2, ["cat", "dog"])
+
+
+def test_a_model_of_before_there_were_other_data_is_fashion_mnist_s(tmp_path):
+    old = {"weights": random_unet().state_dict(), "unet": SMALL, "diffusion": DIFFUSION, "label_dropout": 0.1}
+    (tmp_path / "m.pth").write_bytes(serialise(old))
+    assert load_model(tmp_path / "m.pth", CPU)[3] == list(CLASSES)
 
 
 def test_the_same_weights_give_the_same_bytes(tmp_path):

@@ -15,16 +15,15 @@ import pytest
 import torch
 import torchvision
 
-from ddpm import data
-from ddpm.data import FILES, download, load_split, to_model_range, to_uint8
+from ddpm import data, sources
+from ddpm.data import FILES, load_split, to_model_range, to_uint8
 from ddpm.files import file_sha256
 from ddpm.params import UserError
+from ddpm.sources import download
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALLEST = "t10k-labels-idx1-ubyte"  # stands for all four where one is enough
-ADVICE = (
-    "Put the four .gz files (or the unpacked ones) into a folder, name it in params.yaml as runtime.data_folder, and run again."
-)
+ADVICE = "Put the four .gz files (or the unpacked ones) into a folder, name it in params.yaml as data.folder, and run again."
 
 
 class Mirror(ThreadingHTTPServer):
@@ -290,8 +289,8 @@ BROKEN_GZIP = "is not a whole gzip file ("
     ],
 )  # fmt: skip
 def test_a_bad_mirror_is_told_and_passed_over(raw, lacking, mirror, packed, monkeypatch, answer, reason):
-    monkeypatch.setattr(data, "CONNECT_TIMEOUT", 0.5)
-    monkeypatch.setattr(data, "READ_TIMEOUT", 0.5)
+    monkeypatch.setattr(sources, "CONNECT_TIMEOUT", 0.5)
+    monkeypatch.setattr(sources, "READ_TIMEOUT", 0.5)
     if answer:
         mirror.answers[f"{SMALLEST}.gz"] = functools.partial(answer, packed[f"{SMALLEST}.gz"])
     cache = lacking(SMALLEST)
@@ -362,7 +361,7 @@ def test_a_killed_download_leaves_nothing_that_looks_finished(tmp_path, raw, mir
 
     mirror.answers = {**packed, f"{names[2]}.gz": trickle}
     code = (
-        "import sys; from pathlib import Path; from ddpm.data import download\n"
+        "import sys; from pathlib import Path; from ddpm.sources import download\n"
         "raw, cache, url = sys.argv[1:]; download(Path(raw), Path(cache), mirrors=[url], debian=False)"
     )
     process = subprocess.Popen(

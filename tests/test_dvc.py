@@ -13,8 +13,9 @@ TRACKING = SRC / "ddpm" / "tracking"
 LOGGING = set(TRACKING.iterdir())  # changes no result: no stage depends on it
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 PIPELINE = (ROOT / "dvc.yaml").read_text().replace("${evaluate.classifier}", PARAMS["evaluate"]["classifier"])
+PIPELINE = PIPELINE.replace("${data.name}", PARAMS["data"]["name"])
 STAGES = yaml.safe_load(PIPELINE)["stages"]
-OWN_SECTION = {"download": None, "train": "train", "sample": "sample", "evaluate": "evaluate"}
+OWN_SECTION = {"download": "data", "train": "train", "sample": "sample", "evaluate": "evaluate"}
 
 
 def imported_names(path: Path) -> set[str]:

@@ -122,8 +122,8 @@ def test_damaged_samples(tmp_path, content):
     "arrays",
     [
         pytest.param({"images": IMAGES / 255, "labels": LABELS}, id="float images"),
-        pytest.param({"images": IMAGES[:, None], "labels": LABELS}, id="images with channels"),
-        pytest.param({"images": IMAGES[:, :14], "labels": LABELS}, id="half images"),
+        pytest.param({"images": IMAGES[:, None, None], "labels": LABELS}, id="five dimensions"),
+        pytest.param({"images": IMAGES[:, 0], "labels": LABELS}, id="rows of images"),
         pytest.param({"images": IMAGES, "labels": LABELS[:-1]}, id="a label too few"),
         pytest.param({"images": IMAGES, "labels": LABELS[:, None]}, id="labels of two dimensions"),
         pytest.param({"images": IMAGES, "labels": LABELS / 2}, id="float labels"),
@@ -133,7 +133,8 @@ def test_samples_of_another_kind(tmp_path, arrays):
     path = tmp_path / "samples.npz"
     path.write_bytes(archive(**arrays))
     with pytest.raises(
-        UserError, match=f"^{re.escape(f'{path}: images must be uint8 [N, 28, 28] with N int64 labels; {MADE_ANEW}')}"
+        UserError,
+        match=f"^{re.escape(f'{path}: images must be uint8 [N, H, H] or [N, H, H, 3] with N int64 labels; {MADE_ANEW}')}",
     ):
         load_samples(path)
 

@@ -16,7 +16,6 @@ from ddpm.params import UserError
 CPU = torch.device("cpu")
 CLASSIFIER = Path(__file__).resolve().parents[1] / "models/classifier.pth"
 CARD = json.loads(CLASSIFIER.with_suffix(".json").read_text()) if CLASSIFIER.with_suffix(".json").exists() else {}
-MADE_BY = "`python src/train_classifier.py`"
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +100,17 @@ def test_features_are_kept_for_the_next_time(classifier, fashion_mnist, tmp_path
 
 def test_without_the_weights(copy):
     copy.unlink()
-    with pytest.raises(UserError, match=f"^{re.escape(f'{copy}: there is no such file; {MADE_BY} makes it')}$"):
+    with pytest.raises(
+        UserError,
+        match=f"^{re.escape(f'{copy}: there is no such file; `python src/train_classifier.py --out {copy}` makes it')}$",
+    ):
         load_classifier(copy)
 
 
 def test_without_the_card(copy):
     card = copy.with_suffix(".json")
     card.unlink()
-    line = f"{card}: there is no such file; {MADE_BY} makes it together with classifier.pth"
+    line = f"{card}: there is no such file; `python src/train_classifier.py --out {copy}` makes it together with classifier.pth"
     with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
         load_classifier(copy)
 
@@ -117,7 +119,7 @@ def test_without_the_card(copy):
 def test_with_a_card_that_is_none(copy, content):
     card = copy.with_suffix(".json")
     card.write_text(content)
-    line = f"{card}: holds no sha256 of classifier.pth; {MADE_BY} makes both anew"
+    line = f"{card}: holds no sha256 and data of classifier.pth; `python src/train_classifier.py --out {copy}` makes both anew"
     with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
         load_classifier(copy)
 
@@ -128,6 +130,14 @@ def test_with_another_hash_in_the_card(copy):
     line = f"{copy}: not the classifier that classifier.json describes (SHA-256 differs); FIDs would not compare"
     with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
         load_classifier(copy)
+
+
+def test_one_of_another_data_set(copy):
+    line = (
+        f"{copy}: trained on FashionMNIST, not on MNIST; `python src/train_classifier.py --out models/classifier-MNIST.pth` makes"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(line)}"):
+        load_classifier(copy, "MNIST")
 
 
 def test_with_the_weights_of_another_classifier(copy):
@@ -144,7 +154,7 @@ def test_with_a_changed_byte(copy, where):
     copy.write_bytes(data)
     lines = (
         f"{copy}: not the classifier that classifier.json describes (SHA-256 differs); FIDs would not compare",
-        f"{copy}: damaged, or not a file of weights alone; {MADE_BY} makes it anew",
+        f"{copy}: damaged, or not a file of weights alone; `python src/train_classifier.py --out {copy}` makes it anew",
     )
     with pytest.raises(UserError) as error:
         load_classifier(copy)

@@ -33,8 +33,8 @@ def run(clone: Path, *command: str) -> str:
     return done.stdout
 
 
-def start(clone: Path, script: str) -> subprocess.Popen:
-    command = [sys.executable, script]
+def start(clone: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, *arguments]
     return subprocess.Popen(command, cwd=clone, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -63,7 +63,7 @@ def mlflow_runs(clone: Path, stage: str) -> list:
 def smoke_clone(folder: Path, data: Path) -> Path:
     """A fresh clone of the committed tree with this tree's edits, and the smoke preset committed."""
     clone = crash.clone(folder)
-    edit_params(clone, {"runtime": {"data_folder": str(data)}})
+    edit_params(clone, {"data": {"folder": str(data)}})
     run(clone, "git", "add", "--all")
     run(clone, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "smoke preset")
     return clone
@@ -127,7 +127,7 @@ def test_mlflow_has_the_runs(clone: Path) -> None:
     assert sorted(m.step for m in losses) == list(range(1, 61))
     assert sorted(m.step for m in client.get_metric_history(train.info.run_id, "val/loss")) == [0, 30, 60]
     assert "system/cpu_utilization_percentage" in train.data.metrics
-    assert train.inputs.dataset_inputs[0].dataset.name == "fashion-mnist"
+    assert train.inputs.dataset_inputs[0].dataset.name == "FashionMNIST"
     previews = [re.search(r"[+%]step[+%](\d+)", a.path) for a in client.list_artifacts(train.info.run_id, "images")]
     assert {int(found[1]) for found in previews} == {0, 30, 60}
 

@@ -7,11 +7,11 @@ import torch
 import yaml
 
 import sample
-from ddpm.generation import Generator
+from ddpm.generation import BATCH, Generator
 from ddpm.params import Params
 
 ROOT = Path(__file__).resolve().parents[1]
-N = 2 * sample.BATCH + 50
+N = 2 * BATCH + 50
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +21,9 @@ def generator(random_model) -> Generator:
 
 def draw(generator: Generator, folder: Path) -> tuple[torch.Tensor, list[torch.Tensor], int]:
     p = Params.model_validate(yaml.safe_load((ROOT / "params.yaml").read_text())).sample
-    p = p.model_copy(update={"sampler": "ddpm", "steps": 3, "seed": 1, "guidance_scale": 1.0})
+    p = p.model_copy(update={"sampler": "ddpm", "steps": 3, "seed": 1, "guidance_scale": 1.0, "count": N})
     folder.mkdir(exist_ok=True)
-    return sample.draw(generator, torch.arange(N) % 10, p, folder)
+    return sample.draw(generator, p, folder)
 
 
 def test_only_what_is_missing_or_damaged_is_drawn_again(generator, tmp_path):
@@ -44,9 +44,9 @@ def test_only_what_is_missing_or_damaged_is_drawn_again(generator, tmp_path):
     third.unlink()
     same_with(50)
     second.write_bytes(second.read_bytes()[:-1])
-    same_with(sample.BATCH)
+    same_with(BATCH)
     first.unlink()
-    same_with(sample.BATCH)
+    same_with(BATCH)
 
 
 def test_frames_are_evenly_spaced_to_the_eye():

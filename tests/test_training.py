@@ -24,7 +24,6 @@ from ddpm.files import serialise, sha256
 from ddpm.params import Stopped, TrainParams, UserError
 from ddpm.resume import fingerprint, load_state, save_state
 from ddpm.training import (
-    NULL_CLASS,
     WINDOW,
     Data,
     draw,
@@ -35,7 +34,7 @@ from ddpm.training import (
 )
 from ddpm.unet import UNet
 
-CPU = torch.device("cpu")
+CPU, SHAPE, NULL_CLASS = torch.device("cpu"), (1, 28, 28), 10
 SRC = Path(__file__).resolve().parents[1] / "src"
 TINY = {
     "seed": 3,
@@ -45,7 +44,6 @@ TINY = {
     "learning_rate": 0.003,
     "warmup_steps": 10,
     "weight_decay": 0.01,
-    "grad_clip": 1.0,
     "ema_decay": 0.9,
     "label_dropout": 0.1,
     "precision": "float32",
@@ -136,10 +134,10 @@ def test_a_step_draws_from_seed_and_step_alone_one_timestep_a_stratum(seed, step
     p = params(seed=seed, batch_size=batch, diffusion__timesteps=timesteps)
     torch.manual_seed(1)
     diffusion = Diffusion(**p.diffusion.model_dump())
-    indices, t, eps, dropped = draw(p, step, 500, diffusion)
+    indices, t, eps, dropped = draw(p, step, 500, SHAPE, diffusion)
     state = torch.get_rng_state()
     torch.manual_seed(2)
-    again = draw(p, step, 500, diffusion)
+    again = draw(p, step, 500, SHAPE, diffusion)
     assert all(torch.equal(a, b) for a, b in zip((indices, t, eps, dropped), again, strict=True))
     assert torch.equal(state, torch.manual_seed(1).get_state())  # it takes nothing from the global generator
 
@@ -150,8 +148,8 @@ def test_a_step_draws_from_seed_and_step_alone_one_timestep_a_stratum(seed, step
     below = np.concatenate([[0.0], share[:-1]])  # timestep t has the quantiles below[t] … share[t]
     for i, timestep in enumerate(t.tolist()):
         assert share[timestep] > i / batch - 1e-6 and below[timestep] < (i + 1) / batch + 1e-6
-    assert not torch.equal(eps, draw(p, step + 1, 500, diffusion)[2])
-    assert not torch.equal(eps, draw(params(seed=(seed + 1) % 2**32, batch_size=batch), step, 500, diffusion)[2])
+    assert not torch.equal(eps, draw(p, step + 1, 500, SHAPE, diffusion)[2])
+    assert not torch.equal(eps, draw(params(seed=(seed + 1) % 2**32, batch_size=batch), step, 500, SHAPE, diffusion)[2])
 
 
 def test_muon_has_the_matrices_inside_the_blocks_and_adamw_the_rest():
@@ -169,7 +167,7 @@ def test_muon_has_the_matrices_inside_the_blocks_and_adamw_the_rest():
 def test_images_are_drawn_uniformly_and_timesteps_as_their_weights(gamma):
     p = params(batch_size=10, diffusion__timesteps=20, diffusion__min_snr_gamma=gamma)
     diffusion = Diffusion(**p.diffusion.model_dump())
-    draws = [draw(p, step, 50, diffusion) for step in range(4000)]
+    draws = [draw(p, step, 50, SHAPE, diffusion) for step in range(4000)]
     timesteps = torch.cat([t for _, t, _, _ in draws]).bincount(minlength=20)
     weights = diffusion.weight / diffusion.weight.sum()
     assert (timesteps / 40_000).tolist() == pytest.approx(weights.tolist(), rel=0.05, abs=2e-3)
@@ -187,7 +185,7 @@ def test_the_training_loss_estimates_the_weighted_loss():
     x0, eps = torch.randn(2, 50, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     output = torch.zeros_like(x0)
     every = diffusion.losses(output, x0, torch.arange(50), eps).mean().item()
-    t = torch.cat([draw(p, step, 500, diffusion)[1] for step in range(100)])
+    t = torch.cat([draw(p, step, 500, SHAPE, diffusion)[1] for step in range(100)])
     estimate = diffusion.errors(output[t], x0[t], t, eps[t]).mean().item() * diffusion.mean_weight
     assert estimate == pytest.approx(every, rel=0.01)
 
@@ -196,7 +194,7 @@ def test_the_training_loss_estimates_the_weighted_loss():
 def test_labels_are_dropped_as_often_as_asked(share):
     p = params(batch_size=100, label_dropout=share)
     diffusion = Diffusion(**p.diffusion.model_dump())
-    dropped = torch.cat([draw(p, step, 500, diffusion)[3] for step in range(200)]).float().mean().item()
+    dropped = torch.cat([draw(p, step, 500, SHAPE, diffusion)[3] for step in range(200)]).float().mean().item()
     assert dropped == pytest.approx(share, abs=0.01)
     if share in (0, 1):
         assert dropped == share
@@ -403,7 +401,7 @@ def test_a_loss_that_is_not_finite_reaches_neither_a_state_nor_the_log(tmp_path,
     diffusion = Diffusion(**p.diffusion.model_dump())
 
     def meets(step: int) -> bool:
-        batch, _, _, dropped = draw(p, step, len(DATA.images), diffusion)
+        batch, _, _, dropped = draw(p, step, len(DATA.images), SHAPE, diffusion)
         return bool(((DATA.labels[batch] == label) & ~dropped).any())
 
     bad = next(step for step in range(start, p.steps) if meets(step))
@@ -434,18 +432,18 @@ def test_previews_and_validation_of_a_model_without_classes_use_the_null_class(t
     p = params(label_dropout=share, steps=WINDOW, model__dropout=0.0)
     diffusion, model = Diffusion(**p.diffusion.model_dump()), UNet(**p.model.model_dump()).eval()
     model.load_state_dict(run(p, tmp_path).weights)
-    images, losses = preview(p, model, diffusion, CPU), training.validate(p, model, diffusion, DATA)
+    images, losses = preview(p, model, diffusion), training.validate(p, model, diffusion, DATA)
     with torch.no_grad():
         model.embed_class.weight[:NULL_CLASS] = 10
     unlabelled = share == 1
-    assert torch.equal(preview(p, model, diffusion, CPU), images) is unlabelled
+    assert torch.equal(preview(p, model, diffusion), images) is unlabelled
     assert (training.validate(p, model, diffusion, DATA) == losses) is unlabelled
 
 
 def test_the_fingerprint_changes_with_every_parameter():
     changes = {
         "seed": 4, "steps": 61, "batch_size": 9, "optimizer": "adamw", "learning_rate": 0.004, "warmup_steps": 11,
-        "weight_decay": 0.02, "grad_clip": 2.0, "ema_decay": 0.8, "label_dropout": 0.2, "precision": "bfloat16",
+        "weight_decay": 0.02, "ema_decay": 0.8, "label_dropout": 0.2, "precision": "bfloat16",
         "report_every": 31, "model__patch_size": 1, "model__channels": [8, 8], "model__blocks": 2, "model__attention": [14],
         "model__heads": 4,
         "model__dropout": 0.2, "diffusion__timesteps": 21, "diffusion__schedule": "linear", "diffusion__prediction": "eps",

@@ -1,10 +1,12 @@
 """The trained model as one file."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ddpm.data import CLASSES
 from ddpm.diffusion import Diffusion
 from ddpm.files import load_tensors, serialise, write_atomic
 from ddpm.params import UserError
@@ -13,15 +15,17 @@ from ddpm.unet import UNet
 MADE_BY = "dvc repro train"
 
 
-def save_model(path: Path, weights: dict[str, Tensor], unet: dict, diffusion: dict, label_dropout: float) -> None:
-    """Write all that sampling needs: weights, what the network looks like, what it predicts, and whether it knows classes."""
+def save_model(
+    path: Path, weights: dict[str, Tensor], unet: dict, diffusion: dict, label_dropout: float, classes: Sequence[str] = CLASSES
+) -> None:
+    """Write all that sampling needs: weights, what the network looks like, what it predicts, and which classes it knows."""
     weights = {name: w.detach().cpu().clone(memory_format=torch.contiguous_format) for name, w in weights.items()}
-    content = {"weights": weights, "unet": unet, "diffusion": diffusion, "label_dropout": label_dropout}
+    content = {"weights": weights, "unet": unet, "diffusion": diffusion, "label_dropout": label_dropout, "classes": list(classes)}
     write_atomic(path, serialise(content))
 
 
-def load_model(path: Path, device: torch.device) -> tuple[UNet, Diffusion, float]:
-    """The network in evaluation mode, its diffusion, and the share of labels dropped in training, from `save_model`'s file.
+def load_model(path: Path, device: torch.device) -> tuple[UNet, Diffusion, float, list[str]]:
+    """The network in evaluation mode, its diffusion, the share of labels dropped in training, and the classes' names.
 
     Raises UserError if the file is missing, damaged, not a model, or its weights don't fit the network that it describes.
     """
@@ -35,4 +39,4 @@ def load_model(path: Path, device: torch.device) -> tuple[UNet, Diffusion, float
             f"{path}: its weights are not those of the network that it describes ({reason}); `{MADE_BY}` makes it anew"
         ) from None
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return model, diffusion.to(device), content["label_dropout"]
+    return model, diffusion.to(device), content["label_dropout"], content.get("classes", list(CLASSES))

@@ -20,6 +20,8 @@ def select_device(name: str, tf32: bool = True, deterministic: bool = True) -> t
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes, each on a GPU of its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UserError(f"runtime.device: {name!r}, but PyTorch sees no CUDA device here; use auto or cpu")

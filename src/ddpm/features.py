@@ -1,7 +1,7 @@
-"""The evaluator: a small classifier of Fashion-MNIST whose penultimate features the metrics compare.
+"""The evaluator: a small classifier of the data set whose penultimate features the metrics compare.
 
-Distances between feature distributions mean something only under the same features, so the weights are frozen and
-committed (`models/classifier.pth`), with their SHA-256 and recipe beside them (`models/classifier.json`).
+Distances between feature distributions mean something only under the same features, so the weights are frozen and, for
+Fashion-MNIST, committed (`models/classifier.pth`), with their SHA-256 and recipe beside them (`models/classifier.json`).
 """
 
 import hashlib
@@ -13,18 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ddpm.distributed import ALONE, Group
 from ddpm.files import file_sha256, load_tensors, read_verified, write_verified
-from ddpm.params import UserError
+from ddpm.params import FASHION_MNIST, UserError
 
-PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of the training set, pixels in [0, 1]
+PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of Fashion-MNIST, pixels in [0, 1]; another set's are learned by its first layer
 FEATURES = 128
 MADE_BY = "python src/train_classifier.py"
 
 
 class Classifier(nn.Module):
-    """A residual CNN, 0.54 M parameters. uint8 images [N, 28, 28] → features [N, 128] and logits [N, 10]."""
+    """A residual CNN, 0.54 M parameters. uint8 images [N, H, W] or [N, H, W, 3] → features [N, 128] and logits [N, classes]."""
 
-    def __init__(self, classes: int = 10, dropout: float = 0.3):
+    def __init__(self, classes: int = 10, channels: int = 1, dropout: float = 0.3):
         super().__init__()
 
         def conv(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
@@ -32,7 +33,7 @@ class Classifier(nn.Module):
                 nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(channels_out)
             )
 
-        self.stem = conv(1, 32)  # 28×28
+        self.stem = conv(channels, 32)  # 28×28
         self.widen = conv(32, 64)  # 14×14
         self.shortcut = nn.Conv2d(64, FEATURES, 1, bias=False)
         self.block = nn.Sequential(conv(64, FEATURES), nn.ReLU(), conv(FEATURES, FEATURES))  # 7×7
@@ -42,7 +43,8 @@ class Classifier(nn.Module):
         self.head = nn.Linear(FEATURES, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = (images.unsqueeze(1).float() / 255 - PIXEL_MEAN) / PIXEL_STD
+        x = images.unsqueeze(1) if images.ndim == 3 else images.movedim(3, 1)
+        x = (x.float() / 255 - PIXEL_MEAN) / PIXEL_STD
         x = F.max_pool2d(F.relu(self.stem(x)), 2)
         x = F.max_pool2d(F.relu(self.widen(x)), 2)
         x = F.relu(self.shortcut(x) + self.block(x))
@@ -52,48 +54,65 @@ class Classifier(nn.Module):
         return features, self.head(self.dropout(features))
 
 
-def load_classifier(path: Path) -> Classifier:
+def load_classifier(path: Path, data: str = FASHION_MNIST) -> Classifier:
     """The frozen evaluator at `path`, in float32, after its bytes have been checked against the `.json` beside it.
 
-    Raises UserError if either file is missing or the hash is another.
+    Raises UserError if either file is missing, the hash is another, or it was trained on another data set than `data`.
     """
-    path = Path(path)
-    card = path.with_suffix(".json")
+    card, made_by = path.with_suffix(".json"), f"{MADE_BY} --out {path}"
     try:
-        expected = json.loads(card.read_text())["sha256"]
+        content = json.loads(card.read_text())
+        expected, trained_on = content["sha256"], content["data"]
     except FileNotFoundError:
-        raise UserError(f"{card}: there is no such file; `{MADE_BY}` makes it together with {path.name}") from None
+        raise UserError(f"{card}: there is no such file; `{made_by}` makes it together with {path.name}") from None
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{card}: holds no sha256 of {path.name}; `{MADE_BY}` makes both anew") from None
-    weights = load_tensors(path, {"weights"}, MADE_BY)["weights"]
+        raise UserError(f"{card}: holds no sha256 and data of {path.name}; `{made_by}` makes both anew") from None
+    weights = load_tensors(path, {"weights"}, made_by)["weights"]
     if file_sha256(path) != expected:
         raise UserError(f"{path}: not the classifier that {card.name} describes (SHA-256 differs); FIDs would not compare")
-    classifier = Classifier(classes=len(weights["head.bias"]))
+    if trained_on != data:
+        other = f"models/classifier-{data}.pth"
+        raise UserError(
+            f"{path}: trained on {trained_on}, not on {data}; `{MADE_BY} --out {other}` makes one: name it in evaluate.classifier"
+        )
+    classifier = Classifier(len(weights["head.bias"]), weights["stem.0.weight"].shape[1])
     classifier.load_state_dict({name: w.float() if w.is_floating_point() else w for name, w in weights.items()})
     return classifier.eval().requires_grad_(False)
 
 
 @torch.inference_mode()
-def extract(classifier: Classifier, images: Tensor, device: torch.device, batch_size: int = 500) -> tuple[Tensor, Tensor]:
-    """Features float32 [N, 128] and predicted classes int64 [N] of uint8 images [N, 28, 28], on the CPU."""
+def extract(
+    classifier: Classifier, images: Tensor, device: torch.device, batch_size: int = 500, group: Group = ALONE
+) -> tuple[Tensor, Tensor]:
+    """Features float32 [N, 128] and predicted classes int64 [N] of uint8 images [N, …], on the CPU.
+
+    Every process of `group` computes its share of the batches; only the first gets the whole.
+    """
     classifier = classifier.to(device, memory_format=torch.channels_last)
-    features, predictions = [], []
-    for batch in tqdm(images.split(batch_size), unit="batch", desc=f"features of {len(images)}", dynamic_ncols=True):
+    mine = group.share(images.split(batch_size))
+    features, predictions = [torch.empty(0, FEATURES)], [torch.empty(0, dtype=torch.int64)]
+    for batch in tqdm(mine, unit="batch", desc=f"features of {len(images)}", dynamic_ncols=True, disable=not group.first):
         f, logits = classifier(batch.to(device))
         features.append(f.float().cpu())
         predictions.append(logits.argmax(1).cpu())
-    return torch.cat(features), torch.cat(predictions)
+    return group.gather(torch.cat(features)), group.gather(torch.cat(predictions))
 
 
-def extract_cached(classifier: Classifier, images: Tensor, device: torch.device, cache: Path) -> tuple[Tensor, Tensor]:
+def extract_cached(
+    classifier: Classifier, images: Tensor, device: torch.device, cache: Path, group: Group = ALONE
+) -> tuple[Tensor, Tensor]:
     """`extract`, kept in the folder `cache` for the next time: the real images are the same at every evaluation."""
-    digest = hashlib.sha256(images.numpy().tobytes())
+    digest = hashlib.sha256()
+    for rows in images.split(10_000):
+        digest.update(rows.numpy().tobytes())
     for weight in classifier.state_dict().values():
         digest.update(weight.cpu().numpy().tobytes())
     digest.update(f"{torch.__version__} {device} {torch.get_num_threads()}".encode())  # what rounding depends on
     path = cache / f"features-{digest.hexdigest()[:16]}.pt"
-    if content := read_verified(path):
-        return content["features"], content["predictions"]
-    features, predictions = extract(classifier, images, device)
-    write_verified(path, {"features": features, "predictions": predictions})
-    return features, predictions
+    content = group.from_first(read_verified(path) if group.first else None)
+    if content is None:
+        features, predictions = extract(classifier, images, device, group=group)
+        content = {"features": features, "predictions": predictions}
+        if group.first:
+            write_verified(path, content)
+    return content["features"], content["predictions"]

@@ -17,20 +17,21 @@ PAPER, INK = 255, 40
 
 
 def sheet(images: Tensor, columns: int, row_names: Sequence[str] = ()) -> Image.Image:
-    """Images uint8 [N, H, W] in rows of `columns`, with names before the rows if given."""
+    """Images uint8 [N, H, W] or [N, H, W, 3] in rows of `columns`, with names before the rows if given."""
     images = images.numpy()
-    size = images.shape[-1] * ZOOM + GAP
+    size = images.shape[1] * ZOOM + GAP
     font = ImageFont.load_default(FONT_SIZE)
     left = max((int(font.getlength(name)) for name in row_names), default=0) + (8 if row_names else 0)
     rows = -(-len(images) // columns)
-    canvas = Image.new("L", (left + columns * size + GAP, rows * size + GAP), PAPER)
-    draw = ImageDraw.Draw(canvas)
+    grey = Image.new("L", (left + columns * size + GAP, rows * size + GAP), PAPER)
+    canvas = grey if images.ndim == 3 else grey.convert("RGB")
+    draw, ink = ImageDraw.Draw(canvas), INK if images.ndim == 3 else (INK,) * 3
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
         tile = Image.fromarray(np.repeat(np.repeat(image, ZOOM, 0), ZOOM, 1))
         canvas.paste(tile, (left + GAP + column * size, GAP + row * size))
     for row, name in enumerate(row_names):
-        draw.text((left - 6, row * size + size // 2), name, fill=INK, font=font, anchor="rm")
+        draw.text((left - 6, row * size + size // 2), name, fill=ink, font=font, anchor="rm")
     return canvas
 
 

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 import torch
@@ -56,8 +56,9 @@ def sync(path: Path) -> None:
             os.close(descriptor)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader, or a power cut, sees the whole file or none of it.
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that gets its name, `path`, when the block ends well: a reader, or a power cut, sees all of it or nothing.
 
     Raises UserError if the folder can't be written.
     """
@@ -71,7 +72,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             if number.isdigit() and not psutil.pid_exists(int(number)):
                 left.unlink(missing_ok=True)
         try:
-            temporary.write_bytes(data)
+            with temporary.open("wb") as file:
+                yield file
             sync(temporary)
             temporary.replace(path)
         except BaseException:
@@ -79,6 +81,12 @@ def write_atomic(path: Path, data: bytes) -> None:
                 temporary.unlink()
             raise
         sync(path.parent)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, all of it or nothing. Raises UserError if the folder can't be written."""
+    with atomic(path) as file:
+        file.write(data)
 
 
 def write_verified(path: Path, obj: object) -> None:

@@ -11,7 +11,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-ROWS = 1000  # of a distance matrix held at a time
+ONE_PROCESS = {"sync_on_compute": False}  # has all features, also where several gathered them
+ROWS, COLUMNS = 1000, 60_000  # of a distance matrix held at a time
 
 
 class _Features(nn.Module):
@@ -27,9 +28,8 @@ class _Features(nn.Module):
 
 def fid(samples: Tensor, reference: Tensor) -> float:
     """Fréchet distance between Gaussians fitted to two sets of features [N, D], [M, D] (Heusel et al. 2017, eq. 6)."""
-    metric = FrechetInceptionDistance(feature=_Features(samples.shape[1]), input_img_size=(samples.shape[1],)).set_dtype(
-        torch.float64
-    )
+    network, size = _Features(samples.shape[1]), (samples.shape[1],)
+    metric = FrechetInceptionDistance(network, input_img_size=size, **ONE_PROCESS).set_dtype(torch.float64)
     metric.update(reference.double(), real=True)
     metric.update(samples.double(), real=False)
     return metric.compute().item()
@@ -39,7 +39,8 @@ def kid(samples: Tensor, reference: Tensor, seed: int = 0) -> float:
     """Kernel distance: the unbiased MMD² under a cubic kernel, mean over random subsets (Bińkowski et al. 2018, sec. 4)."""
     size = min(KID_SUBSET_SIZE, len(samples), len(reference))
     with warnings.catch_warnings(action="ignore"):  # that it holds all features in memory; we do anyway
-        metric = KernelInceptionDistance(feature=_Features(samples.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+        network = _Features(samples.shape[1])
+        metric = KernelInceptionDistance(network, subsets=KID_SUBSETS, subset_size=size, **ONE_PROCESS)
     metric.update(reference.float(), real=True)
     metric.update(samples.float(), real=False)
     with torch.random.fork_rng(devices=[]):  # torchmetrics draws the subsets from the global generator
@@ -76,12 +77,30 @@ def prdc(samples: Tensor, reference: Tensor, k: int = 5) -> dict[str, float]:
 
 
 def nearest(queries: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Euclidean distance [N] to, and index [N] of, the nearest of `reference` [M, D] for each of `queries` [N, D]."""
-    index = torch.cat([torch.cdist(rows, reference).argmin(1) for rows in queries.split(ROWS)])
+    """Euclidean distance [N] to, and index [N] of, the nearest of `reference` [M, …] for each of `queries` [N, …].
+
+    Both are features, float [N, D], or images, uint8 [N, …], whose pixels count from 0 to 1; of these few at a time are read.
+    """
+    best = _points(queries[:1]).new_full((len(queries),), torch.inf)
+    index = torch.zeros(len(queries), dtype=torch.int64)
+    for start in range(0, len(reference), COLUMNS):
+        some = _points(reference[start : start + COLUMNS])
+        for rows in torch.arange(len(queries)).split(ROWS):
+            distance, found = torch.cdist(_points(queries[rows]), some).min(1)
+            closer = distance < best[rows]
+            best[rows] = torch.where(closer, distance, best[rows])
+            index[rows] = torch.where(closer, found + start, index[rows])
     distance = torch.cat(  # once more without the matrix product, whose rounding blurs distances near zero
-        [(q - reference[i]).norm(dim=1) for q, i in zip(queries.split(ROWS), index.split(ROWS), strict=True)]
+        [
+            (_points(queries[rows]) - _points(reference[index[rows]])).norm(dim=1)
+            for rows in torch.arange(len(queries)).split(ROWS)
+        ]
     )
     return distance, index
+
+
+def _points(x: Tensor) -> Tensor:
+    return x if x.is_floating_point() else x.flatten(1).float() / 255
 
 
 def memorisation(sample_distance: Tensor, test_distance: Tensor) -> tuple[float, float]:

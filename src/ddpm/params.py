@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-IMAGE_SIZE = 28
+FASHION_MNIST = "FashionMNIST"  # the data set that can be downloaded, of 28×28 pixels
 GROUPS = 8  # of every GroupNorm: widths are multiples of it
 
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -48,13 +48,26 @@ def allowed(what: str) -> WrapValidator:
 
 Width = Annotated[int, Field(ge=GROUPS, le=4096, multiple_of=GROUPS)]
 Widths = Annotated[list[Width], Field(min_length=1, max_length=5), allowed("a list of 1 to 5 multiples of 8, at most 4096")]
-ClassList = Annotated[list[Annotated[int, Field(ge=0, le=9)]], Field(min_length=1, max_length=10)]
-Classes = Annotated[Literal["all", "none"] | ClassList, allowed("all, none or a list of classes from 0 to 9")]
+ClassList = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, max_length=256)]
+Classes = Annotated[Literal["all", "none"] | ClassList, allowed("all, none or a list of classes by number, the first being 0")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"), allowed("auto, cpu, cuda, mps or, say, cuda:1")]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataParams(Section):
+    name: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"), allowed("the name of a folder: letters, digits, . _ -")
+    ]
+    folder: Annotated[str, Field(min_length=1)] | None
+
+    @model_validator(mode="after")
+    def _comes_from_somewhere(self) -> Self:
+        if self.name != FASHION_MNIST and self.folder is None:
+            raise ValueError(f"folder: only {FASHION_MNIST} can be downloaded; say which folder {self.name} is in")
+        return self
 
 
 class ModelParams(Section):
@@ -65,25 +78,24 @@ class ModelParams(Section):
     heads: Annotated[int, Field(ge=1, le=64)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
 
-    @property
-    def resolutions(self) -> list[int]:
-        """The U-Net's resolution at each level, in pixels."""
-        return [IMAGE_SIZE // self.patch_size // 2**level for level in range(len(self.channels))]
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        size = IMAGE_SIZE // self.patch_size
-        if size % 2 ** (len(self.channels) - 1):
-            raise ValueError(f"channels: {len(self.channels)} levels would halve {size}×{size} pixels unevenly; use fewer")
+    def check(self, image_size: int) -> None:
+        """Raise ValueError, with the key that is at fault, where no such U-Net fits square images of `image_size` pixels."""
+        size, levels = image_size // self.patch_size, len(self.channels)
+        if image_size % self.patch_size:
+            raise ValueError(
+                f"train.model.patch_size: {image_size}×{image_size} pixels don't divide by {self.patch_size}; use a divisor"
+            )
+        if size % 2 ** (levels - 1):
+            raise ValueError(f"train.model.channels: {levels} levels would halve {size}×{size} pixels unevenly; use fewer")
+        resolutions = [size // 2**level for level in range(levels)]
         for resolution in self.attention:
-            if resolution not in self.resolutions:
-                raise ValueError(f"attention: no level has resolution {resolution}; there are {self.resolutions}")
+            if resolution not in resolutions:
+                raise ValueError(f"train.model.attention: no level has resolution {resolution}; there are {resolutions}")
         # the middle of the U-Net always attends
-        attending = {self.channels[self.resolutions.index(r)] for r in self.attention} | {self.channels[-1]}
+        attending = {self.channels[resolutions.index(r)] for r in self.attention} | {self.channels[-1]}
         for width in sorted(attending):
             if width % self.heads:
-                raise ValueError(f"heads: {self.heads} heads don't divide {width} channels evenly")
-        return self
+                raise ValueError(f"train.model.heads: {self.heads} heads don't divide {width} channels evenly")
 
 
 class DiffusionParams(Section):
@@ -101,7 +113,6 @@ class TrainParams(Section):
     learning_rate: Annotated[float, Field(gt=0, le=1)]
     warmup_steps: Annotated[int, Field(ge=0, le=10_000_000)]
     weight_decay: Annotated[float, Field(ge=0, le=10)]
-    grad_clip: Annotated[float, Field(gt=0, le=1e6)]
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     label_dropout: Probability
     precision: Literal["auto", "float32", "bfloat16"]
@@ -131,11 +142,13 @@ class RuntimeParams(Section):
     device: Device
     compile: Annotated[Literal["auto", True, False], allowed("auto, true or false")]
     deterministic: bool
+    processes: Annotated[int, Field(ge=1, le=64)]
+    accumulate: Annotated[int, Field(ge=1, le=10_000)]
     require_mlflow: bool
-    data_folder: str | None
 
 
 class Params(Section):
+    data: DataParams
     train: TrainParams
     sample: SampleParams
     evaluate: EvaluateParams
@@ -143,6 +156,8 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
+        if self.data.name == FASHION_MNIST:  # of another data set training will know the size
+            self.train.model.check(28)
         if self.sample.steps > self.train.diffusion.timesteps:
             raise ValueError(
                 f"sample.steps: {self.sample.steps} steps, but the model has train.diffusion.timesteps: "

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ddpm.files import read_verified, write_verified, writing
+from ddpm.files import file_sha256, read_verified, write_verified, writing
 from ddpm.params import UserError
 
 KEPT_STATES = 2  # the newest, and one to fall back to if the newest is damaged
@@ -25,7 +25,7 @@ def fingerprint(params: dict, files: list[Path]) -> str:
     """Names a run by what its result depends on: parameters, and the bytes of the files that it reads, its code among them."""
     digest = hashlib.sha256(json.dumps(params, sort_keys=True).encode())
     for path in files:
-        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        digest.update(path.name.encode() + bytes.fromhex(file_sha256(path)))
     return digest.hexdigest()[:16]
 
 

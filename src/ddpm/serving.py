@@ -2,7 +2,9 @@
 
 import base64
 import difflib
+import reprlib
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from ddpm.data import CLASSES, to_uint8
+from ddpm.data import to_uint8
 from ddpm.figures import png
-from ddpm.generation import BATCH, Generator, class_ids, class_labels
-from ddpm.params import SampleParams
+from ddpm.generation import Generator, batches
+from ddpm.params import SampleParams, UserError
 
 ONE_AT_A_TIME = threading.Lock()  # PyTorch uses all processors for one batch
 
@@ -32,48 +34,48 @@ class Request(BaseModel):
 
     @field_validator("classes")
     @classmethod
-    def _are_classes(cls, values: list[str] | None) -> list[str] | None:
+    def _some(cls, values: list[str] | None) -> list[str] | None:
         if values == []:
             raise PydanticCustomError("allowed", "a list of classes, or left out for all of them")
-        return values and [_class_name(value) for value in values]
+        return values
 
 
-def _class_name(text: str) -> str:
-    """The class of that name or number."""
-    names = {name.lower(): name for name in CLASSES} | {str(i): name for i, name in enumerate(CLASSES)}
-    if name := names.get(text.strip().lower()):
-        return name
-    if "," in text:
-        hint = "one in each"
-    elif close := difflib.get_close_matches(text.lower(), names, n=1):
-        hint = f"did you mean {names[close[0]]}?"
-    else:
-        hint = f"there are {', '.join(CLASSES)}"
-    raise PydanticCustomError("allowed", f"a list of classes, by name or number; {hint}")
+def class_numbers(asked: list[str], classes: Sequence[str]) -> list[int]:
+    """Which of the `classes` are meant, by name or number. Raises UserError where one is none of them."""
+    numbers = {name.lower(): i for i, name in enumerate(classes)} | {str(i): i for i in range(len(classes))}
+    for text in asked:
+        if text.strip().lower() not in numbers:
+            if "," in text:
+                hint = "one in each"
+            elif close := difflib.get_close_matches(text.lower(), numbers, n=1):
+                hint = f"did you mean {classes[numbers[close[0]]]}?"
+            else:
+                hint = f"there are {', '.join(classes)}" if classes else "the model knows none"
+            raise UserError(f"classes: {reprlib.repr(asked)} should be a list of classes, by name or number; {hint}")
+    return [numbers[text.strip().lower()] for text in asked]
 
 
-def respond(generator: Generator, sampling: SampleParams, request: Request) -> tuple[Tensor, list[int]]:
-    """Images uint8 [N, 28, 28] and their classes, NULL_CLASS for none. Raises UserError where the model can't do that."""
+def respond(generator: Generator, sampling: SampleParams, request: Request) -> tuple[Tensor, list[str]]:
+    """Images uint8 [N, …] and the names of their classes. Raises UserError where the model can't do that."""
     changes: dict[str, Any] = request.model_dump(include={"seed", "steps", "guidance_scale"}, exclude_none=True)
     if request.classes:
-        changes["classes"] = [CLASSES.index(name) for name in request.classes]
+        changes["classes"] = class_numbers(request.classes, generator.classes)
     if generator.label_dropout == 1:  # it knows no classes
         changes.setdefault("classes", "none")
     elif generator.label_dropout == 0:  # it can't be guided
         changes.setdefault("guidance_scale", 1.0)
     p = sampling.model_copy(update=changes)
     generator.check(p)
-    labels = class_labels(class_ids(p), request.count)
-    images = []
+    images, names = [], []
     with ONE_AT_A_TIME:
-        for first, y in zip(range(0, len(labels), BATCH), labels.split(BATCH), strict=True):
-            *_, x = generator.walk(y, p, first)
+        for first, labels in batches(generator.class_ids(p), request.count):
+            *_, x = generator.walk(labels, p, first)
             images.append(to_uint8(x).cpu())
-    return torch.cat(images), labels.tolist()
+            names += [[*generator.classes, "none"][label] for label in labels]
+    return torch.cat(images), names
 
 
-def encoded(images: Tensor, labels: list[int]) -> list[dict[str, str]]:
-    """For JSON: each image's class and its PNG, 28 × 28 pixels, in base64."""
-    names = [*CLASSES, "none"]
+def encoded(images: Tensor, names: list[str]) -> list[dict[str, str]]:
+    """For JSON: each image's class and its PNG, a pixel a pixel, in base64."""
     pngs = [png(Image.fromarray(image.numpy())) for image in images]
-    return [{"class": names[label], "png": base64.b64encode(data).decode()} for label, data in zip(labels, pngs, strict=True)]
+    return [{"class": name, "png": base64.b64encode(data).decode()} for name, data in zip(names, pngs, strict=True)]

@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddpm.data import CLASSES, to_model_range, to_uint8
+from ddpm.data import Data, to_model_range, to_uint8
 from ddpm.diffusion import Diffusion, generator
+from ddpm.distributed import ALONE, Group
 from ddpm.muon import Muon
 from ddpm.params import Stopped, TrainParams, UserError
 from ddpm.resume import load_state, save_state
@@ -27,8 +28,8 @@ STATE_SECONDS = 60  # between two saved training states; when they are saved cha
 VALIDATION_IMAGES = 1000
 VALIDATION_SEED = 0  # the same noise for every run, so that runs with other seeds compare
 BUCKETS = 4  # quarters of the timesteps, for the validation loss
-PREVIEW_ROWS, PREVIEW_STEPS = 4, 20
-NULL_CLASS = len(CLASSES)
+PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_STEPS = 4, 10, 20
+GRAD_CLIP = 1.0  # the largest norm of the gradient
 
 
 class Log(Protocol):
@@ -44,30 +45,36 @@ class Log(Protocol):
 
 
 @dataclass
-class Data:
-    """The data set, held on the device: images uint8 [N, 28, 28], labels int64 [N]."""
-
-    images: Tensor
-    labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-
-
-@dataclass
 class Trained:
     weights: dict[str, Tensor]  # EMA
     train_curve: list[dict[str, float]]  # a row every WINDOW steps, means over the window
     validation_curve: list[dict[str, float]]  # a row every `report_every` steps
 
 
-def train(p: TrainParams, data: Data, device: torch.device, states: Path, log: Log, compile_model: bool) -> Trained:
+def train(
+    p: TrainParams,
+    data: Data,
+    device: torch.device,
+    states: Path | None,
+    log: Log | None,
+    compile_model: bool,
+    group: Group = ALONE,
+    accumulate: int = 1,
+) -> Trained:
     """Train for `p.steps` steps, from the newest state in `states` if there is one.
 
-    What step s draws depends on (p.seed, s) alone, so the result is the same whether or not the run was interrupted.
-    Raises UserError when a loss or gradient isn't finite (before a state is saved) and Stopped on SIGTERM or Ctrl-C.
+    What step s draws depends on (p.seed, s) alone, so the result is the same whether or not the run was interrupted. Every
+    process of `group` computes its share of a batch, in `accumulate` parts one after the other; only the first has states
+    and a log. Neither number changes more than rounding, but for where dropout strikes. Raises UserError when a loss or
+    gradient isn't finite (before a state is saved) and Stopped on SIGTERM or Ctrl-C.
     """
+    if p.batch_size < group.size * accumulate:
+        raise UserError(
+            f"train.batch_size: {p.batch_size} images are too few for {group.size} processes in {accumulate} parts each; "
+            "lower runtime.processes or runtime.accumulate"
+        )
     torch.manual_seed(p.seed)  # initial weights
-    model = UNet(**p.model.model_dump()).to(device, memory_format=torch.channels_last)
+    model = UNet(**architecture(p, data)).to(device, memory_format=torch.channels_last)
     diffusion = Diffusion(**p.diffusion.model_dump()).to(device)
     parameters = list(model.parameters())
     optimizers = make_optimizers(p, model)
@@ -75,50 +82,67 @@ def train(p: TrainParams, data: Data, device: torch.device, states: Path, log: L
     ema_parameters = list(ema.parameters())
     start, train_curve, validation_curve = 0, [], []
 
-    if state := load_state(states):
+    if state := group.from_first(load_state(states) if group.first else None):
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         for optimizer, content in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(content)
         start, train_curve, validation_curve = state["step"], state["train_curve"], state["validation_curve"]
 
-    network = torch.compile(model, mode="reduce-overhead") if compile_model else model  # with CUDA graphs
+    network = group.wrap(model)
+    if compile_model:  # with CUDA graphs, for one process
+        network = torch.compile(network, mode="reduce-overhead" if group.size == 1 else "default")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(p, device))
     losses, norms = torch.zeros(WINDOW, device=device), torch.zeros(WINDOW, device=device)
     saved_at = time.monotonic()
 
-    with stop_signals() as stop, tqdm(total=p.steps, initial=start, unit="step", desc="train", dynamic_ncols=True) as bar:
-        if start == 0:
+    progress = tqdm(total=p.steps, initial=start, unit="step", desc="train", dynamic_ncols=True, disable=not group.first)
+    with stop_signals() as stop, progress as bar:
+        if start == 0 and group.first:
             report(p, 0, ema, diffusion, data, validation_curve, log)
         window_began = time.monotonic()
         for step in range(start, p.steps):
             set_learning_rate(optimizers, learning_rate(p, step))
-            drawn = draw(p, step, len(data.images), diffusion)
+            drawn = [group.share(x) for x in draw(p, step, len(data.images), data.image_shape, diffusion)]
             if device.type == "cuda":  # from pinned memory the copy doesn't wait for the device
                 drawn = [x.pin_memory() for x in drawn]
-            batch, t, eps, dropped = (x.to(device, non_blocking=device.type == "cuda") for x in drawn)
+            places = (data.images.device, device, device, device)
+            drawn = [x.to(place, non_blocking=device.type == "cuda") for x, place in zip(drawn, places, strict=True)]
 
             model.zero_grad()  # before the forward pass, so that CUDA graphs find their memory free
             if p.model.dropout:
-                torch.manual_seed(generator(p.seed, "dropout", step).initial_seed())
-            with autocast:
-                loss = batch_loss(network, diffusion, to_model_range(data.images[batch]), data.labels[batch], t, eps, dropped)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, p.grad_clip)
+                torch.manual_seed(generator(p.seed, f"dropout {group.rank}" if group.rank else "dropout", step).initial_seed())
+            loss = torch.zeros((), device=device)
+            for part in range(accumulate):
+                batch, t, eps, dropped = (Group(part, accumulate).share(x) for x in drawn)
+                with nullcontext() if group.size == 1 or part == accumulate - 1 else network.no_sync():
+                    with autocast:
+                        x0, labels = to_model_range(data.images[batch].to(device)), data.labels[batch].to(device)
+                        mean = batch_loss(network, diffusion, x0, labels.masked_fill(dropped, model.null_class), t, eps)
+                    share = mean * (len(batch) * group.size / p.batch_size)  # averaged over the processes: of the whole batch
+                    share.backward()
+                loss += share.detach()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP)
             for optimizer in optimizers:
                 optimizer.step()
             with torch.no_grad():
                 torch._foreach_lerp_(ema_parameters, parameters, 1 - ema_decay(p, step))
-            losses[step % WINDOW], norms[step % WINDOW] = loss.detach(), norm
+            losses[step % WINDOW], norms[step % WINDOW] = loss, norm
 
             done = step + 1
             if done % WINDOW and done < p.steps:
                 continue
             steps = range(step // WINDOW * WINDOW, done)
+            shared = group.average(torch.cat([losses, losses.new_tensor([len(stop)])]))
+            losses, stopping = shared[:-1], shared[-1].item() > 0
             window, window_norms = losses[: len(steps)].tolist(), norms[: len(steps)].tolist()
             for s, value in zip(steps, map(sum, zip(window, window_norms, strict=True)), strict=True):
                 if not math.isfinite(value):
                     raise not_finite(p, s)
+            if not group.first:
+                if stopping:
+                    raise Stopped(signal.SIGTERM)
+                continue
             row = {"step": done, "loss": sum(window) / len(window), "learning_rate": learning_rate(p, step)}
             row["grad_norm"] = sum(window_norms) / len(window_norms)
             train_curve.append(row)
@@ -132,7 +156,8 @@ def train(p: TrainParams, data: Data, device: torch.device, states: Path, log: L
 
             if done % p.report_every == 0 or done == p.steps:
                 report(p, done, ema, diffusion, data, validation_curve, log)
-            if stop or time.monotonic() - saved_at > STATE_SECONDS:
+            stopping = stopping or (group.size == 1 and bool(stop))  # several stop together, at the next look
+            if stopping or time.monotonic() - saved_at > STATE_SECONDS:
                 log.sync()  # or the state could be ahead of what is known of the steps before it
                 save_state(
                     states,
@@ -147,8 +172,10 @@ def train(p: TrainParams, data: Data, device: torch.device, states: Path, log: L
                     },
                 )
                 saved_at = time.monotonic()
-            if stop:
-                raise Stopped(stop[0], f"stopped after step {done}; the same command goes on from there")
+            if stopping:
+                raise Stopped(
+                    stop[0] if stop else signal.SIGTERM, f"stopped after step {done}; the same command goes on from there"
+                )
             window_began = time.monotonic()
     return Trained(ema.state_dict(), train_curve, validation_curve)
 
@@ -164,10 +191,22 @@ def use_bfloat16(p: TrainParams, device: torch.device) -> bool:
     return p.precision == "bfloat16" or (p.precision == "auto" and device.type == "cuda")
 
 
-def draw(p: TrainParams, step: int, images: int, diffusion: Diffusion) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def architecture(p: TrainParams, data: Data) -> dict:
+    """What makes the U-Net for this data set. Raises UserError where none can be made."""
+    channels, size, _ = data.image_shape
+    try:
+        p.model.check(size)
+    except ValueError as error:
+        raise UserError(f"params.yaml: {error}") from None
+    return {**p.model.model_dump(), "classes": len(data.classes), "image_size": size, "image_channels": channels}
+
+
+def draw(
+    p: TrainParams, step: int, images: int, shape: tuple[int, int, int], diffusion: Diffusion
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What training step `step` draws, from (seed, step) alone, on the CPU.
 
-    Indices int64 [B] of images, timesteps int64 [B], noise float [B, 1, 28, 28], and which labels are dropped, bool [B].
+    Indices int64 [B] of images, timesteps int64 [B], noise float [B, *shape], and which labels are dropped, bool [B].
     Two things make the loss less noisy and leave its mean: timesteps are drawn as often as the loss weights them, instead of
     evenly and then weighted (importance sampling), and stratified, one from each B-th of their distribution (Kingma et al.
     2021, app. I.1).
@@ -176,17 +215,15 @@ def draw(p: TrainParams, step: int, images: int, diffusion: Diffusion) -> tuple[
     batch = torch.randint(images, (p.batch_size,), generator=g)
     strata = (torch.arange(p.batch_size) + torch.rand(p.batch_size, generator=g)) / p.batch_size
     t = diffusion.timesteps_at(strata)
-    eps = torch.randn(p.batch_size, 1, 28, 28, generator=g)
+    eps = torch.randn(p.batch_size, *shape, generator=g)
     dropped = torch.rand(p.batch_size, generator=g) < p.label_dropout
     return batch, t, eps, dropped
 
 
-def batch_loss(
-    network: nn.Module, diffusion: Diffusion, x0: Tensor, labels: Tensor, t: Tensor, eps: Tensor, dropped: Tensor
-) -> Tensor:
-    """The loss of a step on images float [B, 1, 28, 28] and labels int64 [B], with the rest as `draw` gives it."""
+def batch_loss(network: nn.Module, diffusion: Diffusion, x0: Tensor, labels: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """The loss of a step on images float [B, C, H, W] and classes int64 [B], with timesteps and noise as `draw` gives them."""
     x_t = diffusion.q_sample(x0, t, eps).contiguous(memory_format=torch.channels_last)
-    output = network(x_t, t, labels.masked_fill(dropped, NULL_CLASS))
+    output = network(x_t, t, labels)
     return diffusion.errors(output, x0, t, eps).mean() * diffusion.mean_weight
 
 
@@ -224,23 +261,23 @@ def report(
     row = {"step": done, **validate(p, ema, diffusion, data)}
     validation_curve.append(row)
     log.metrics(done, {f"val/{name}": value for name, value in row.items() if name != "step"})
-    log.preview(done, preview(p, ema, diffusion, data.images.device))
+    log.preview(done, preview(p, ema, diffusion))
 
 
 @torch.inference_mode()
 def validate(p: TrainParams, model: UNet, diffusion: Diffusion, data: Data) -> dict[str, float]:
     """The loss on the first test images with fixed noise and timesteps, all of it and by quarter of the timesteps."""
-    device, n = data.images.device, min(VALIDATION_IMAGES, len(data.test_images))
+    device, n = next(model.parameters()).device, min(VALIDATION_IMAGES, len(data.test_images))
     g = generator(VALIDATION_SEED, "validation", 0)
-    eps = torch.randn(n, 1, 28, 28, generator=g)
+    eps = torch.randn(n, *data.image_shape, generator=g)
     t = torch.arange(n) * diffusion.timesteps // n
     t = t[torch.randperm(n, generator=g)]  # or the sorted timesteps would meet the images in the test set's order
     unlabelled = p.label_dropout == 1
     losses = []
     for rows in torch.arange(n).split(250):
-        x0, times = to_model_range(data.test_images[rows.to(device)]), t[rows].to(device)
-        labels = data.test_labels[rows.to(device)]
-        labels = torch.full_like(labels, NULL_CLASS) if unlabelled else labels
+        x0, times = to_model_range(data.test_images[rows].to(device)), t[rows].to(device)
+        labels = data.test_labels[rows].to(device)
+        labels = torch.full_like(labels, model.null_class) if unlabelled else labels
         noise = eps[rows].to(device)
         losses.append(diffusion.losses(model(diffusion.q_sample(x0, times, noise), times, labels), x0, times, noise).cpu())
     losses, bucket = torch.cat(losses), t * BUCKETS // diffusion.timesteps
@@ -248,14 +285,15 @@ def validate(p: TrainParams, model: UNet, diffusion: Diffusion, data: Data) -> d
     return {"loss": losses.mean().item(), **by_bucket}
 
 
-def preview(p: TrainParams, model: UNet, diffusion: Diffusion, device: torch.device) -> Tensor:
-    """A few samples of every class, uint8 [PREVIEW_ROWS * 10, 28, 28]: column c is class c."""
-    labels = torch.arange(len(CLASSES), device=device).repeat(PREVIEW_ROWS)
-    if p.label_dropout == 1:
-        labels = torch.full_like(labels, NULL_CLASS)
-    noise = ImageNoise(VALIDATION_SEED, 0, len(labels), (1, 28, 28), device)
+def preview(p: TrainParams, model: UNet, diffusion: Diffusion) -> Tensor:
+    """A few samples of every class, uint8 [PREVIEW_ROWS * columns, …], at most PREVIEW_COLUMNS: column c is class c."""
+    device = next(model.parameters()).device
+    labels = torch.arange(min(model.null_class, PREVIEW_COLUMNS) or PREVIEW_COLUMNS, device=device).repeat(PREVIEW_ROWS)
+    if p.label_dropout == 1 or model.null_class == 0:
+        labels = torch.full_like(labels, model.null_class)
+    noise = ImageNoise(VALIDATION_SEED, 0, len(labels), model.image_shape, device)
     steps = min(PREVIEW_STEPS, diffusion.timesteps)
-    *_, (x, _) = generate(model, diffusion, labels, NULL_CLASS, noise, "ddim", steps)
+    *_, (x, _) = generate(model, diffusion, labels, model.null_class, noise, "ddim", steps)
     return to_uint8(x).cpu()
 
 

@@ -69,7 +69,7 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """Images float [N, C, H, W], timesteps int64 [N], classes int64 [N] → the prediction [N, C, H, W].
 
-    Class `classes` (one past the last) is the null class: "any garment".
+    Class `classes` (one past the last) is the null class: "any of them".
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class UNet(nn.Module):
         super().__init__()
         embedding = 2 * channels[0]
         self.base_width, self.patch_size = channels[0], patch_size
+        self.null_class, self.image_shape = classes, (image_channels, image_size, image_size)
         self.embed_time = nn.Sequential(nn.Linear(channels[0], embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.embed_class = nn.Embedding(classes + 1, embedding)
         self.stem = nn.Conv2d(image_channels * patch_size**2, channels[0], 3, padding=1)

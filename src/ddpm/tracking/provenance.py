@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 SECTIONS = {  # of the parameters that a stage's result hangs on
-    "train": ("train",),
-    "sample": ("train", "sample"),
-    "evaluate": ("train", "sample", "evaluate"),
+    "train": ("data", "train"),
+    "sample": ("data", "train", "sample"),
+    "evaluate": ("data", "train", "sample", "evaluate"),
 }
 PRESETS = Path("presets")
 SHOWN = 3  # changes in a name

@@ -18,6 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from torch.distributed import DistError
+
+from ddpm.distributed import LOST
 from ddpm.files import sync
 from ddpm.params import UserError
 from ddpm.resume import hold
@@ -173,7 +176,7 @@ def start_run(
         run.begin(required)
         yield run
     except BaseException as error:
-        run.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+        run.finish("FAILED" if isinstance(error, Exception) and not _by_a_lost_process(error) else "KILLED")
         raise
     run.finish("FINISHED")
 
@@ -197,6 +200,23 @@ def ship(folder: Path, root: Path) -> str:
         if journal.entries[-1].get("end") == "FINISHED" and not list(folder.glob("*.pt")):
             shutil.rmtree(folder)
     return store.uri
+
+
+def mark_killed(folder: Path, root: Path) -> None:
+    """Let the run in `folder`, whose process is lost, be KILLED until it is gone on with; in the store if that answers."""
+    journal = Journal(folder)
+    if start := next((e["start"] for e in journal.entries if "start" in e), None):
+        end = journal.entries[-1]
+        if "end" not in end:
+            journal.append(end := {"end": "KILLED", "time": _now()})
+        with suppress(Exception):  # once more where it was lost before MLflow had it
+            Store(root, journal, {**start, "system_metrics": False}).ship(deque([end]), 1)
+    journal.file.close()
+
+
+def _by_a_lost_process(error: Exception) -> bool:
+    """Whether it is what PyTorch raises where another process of the same run is gone."""
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST))
 
 
 def _now() -> int:

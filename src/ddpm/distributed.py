@@ -1,0 +1,118 @@
+"""Several processes that work as one, under `torch.distributed.run`: started by a stage, or by the user's own `torchrun`."""
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ddpm.params import Stopped, UserError
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "ProcessGroup")  # in what PyTorch raises
+AGAIN = "the same command goes on from the last saved state"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of which this is number `rank`. A group of one does nothing."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: Any) -> Any:
+        """This process's slice of a tensor or list that all of them have; the first has one where there is anything."""
+        start, end = (-(-len(items) * r // self.size) for r in (self.rank, self.rank + 1))
+        return items[start:end]
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with gradients that are averaged over the processes."""
+        return nn.parallel.DistributedDataParallel(model) if self.size > 1 else model
+
+    def average(self, values: Tensor) -> Tensor:
+        """`values` averaged over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def gather(self, values: Tensor) -> Tensor | None:
+        """What all processes have, one after the other, on the CPU; None in all but the first."""
+        if self.size == 1:
+            return values.cpu()
+        boxes = [None] * self.size if self.first else None
+        dist.gather_object(values.cpu(), boxes, dst=0)
+        return torch.cat(boxes) if self.first else None
+
+    def from_first(self, value: Any) -> Any:
+        """What the first process has, on the CPU."""
+        if self.size > 1:
+            box = [value]
+            dist.broadcast_object_list(box, src=0)
+            return box[0]
+        return value
+
+
+ALONE = Group()
+
+
+def is_worker() -> bool:
+    """Whether a launcher started this process."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Group]:
+    """The group that this process was started in, for as long as the block lasts.
+
+    Raises Stopped where another of its processes is lost.
+    """
+    if not is_worker():
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Group(dist.get_rank(), dist.get_world_size())
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or any(sign in str(error) for sign in LOST):
+            raise Stopped(signal.SIGTERM, f"another process of this run was lost; {AGAIN}") from None
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(count: int) -> None:
+    """Run this program again as `count` processes on this machine, and return when all have succeeded.
+
+    Raises Stopped where they were asked to stop, UserError where one failed; by then none is left.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it has to say is said below, in a line
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    config = LaunchConfig(1, 1, count, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+    try:
+        elastic_launch(config, sys.executable)(*sys.argv)
+    except SignalException as error:
+        raise Stopped(error.sigval, f"stopped; {AGAIN}") from None
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+            raise Stopped(failure.exitcode - 128, f"stopped; {AGAIN}") from None
+        how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with status {failure.exitcode}"
+        raise UserError(f"process {rank} of {count} {how}, and all were ended; {AGAIN}") from None

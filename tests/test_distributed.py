@@ -1,0 +1,116 @@
+"""Several real processes that train as one: the same losses, states that serve any number of them, and the loss of one."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import free_port
+from ddpm.distributed import Group
+from ddpm.params import UserError
+from ddpm.training import train
+from test_training import CPU, Recorder, class_images, params
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")} | {
+    "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}",
+    "OMP_NUM_THREADS": "1",
+}
+TRAINING = """
+import json, sys
+from pathlib import Path
+
+import torch
+
+from ddpm.distributed import joined
+from ddpm.params import Stopped
+from ddpm.training import train
+from test_training import CPU, Recorder, class_images, params
+
+folder, stop_at, precisions = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+losses = {}
+with joined(CPU) as group:
+    for precision in precisions:
+        if precision == "float64":
+            torch.set_default_dtype(torch.float64)
+            torch.Tensor.float = torch.Tensor.double
+        (states := folder / precision).mkdir(exist_ok=True)
+        log = Recorder(stop_at=stop_at or None) if group.first else None
+        p = params(batch_size=12, steps=200, model__dropout=0.0)
+        try:
+            train(p, class_images(), CPU, states if group.first else None, log, False, group)
+        except Stopped:
+            pass
+        if group.first:
+            losses[precision] = [value for (name, _), value in log.values.items() if name == "train/loss"]
+    if group.first:
+        (folder / f"losses-{group.size}.json").write_text(json.dumps(losses))
+"""
+
+
+def losses(folder: Path, processes: int, stop_at: int = 0, precisions: Sequence[str] = ("float32", "float64")) -> dict:
+    """Of every step that so many processes trained in `folder`, where they went on from what it has."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+    command = [sys.executable, "-c", TRAINING, folder, str(stop_at), *precisions]
+    ranks = [{**ENVIRONMENT, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    started = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for environment in ranks]
+    for process in started:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    content = json.loads((folder / f"losses-{processes}.json").read_text())
+    return {precision: torch.tensor(values, dtype=torch.float64) for precision, values in content.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The losses of one process."""
+    return losses(tmp_path_factory.mktemp("alone"), 1)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_have_the_losses_of_one(alone, tmp_path, processes):
+    found = losses(tmp_path, processes)
+    assert len(found["float64"]) == 200
+    assert (found["float64"] - alone["float64"]).abs().max() < 1e-9
+    rounded = (found["float32"] - alone["float32"]).abs()
+    assert rounded[:10].max() < 1e-5
+    assert rounded.max() < 1e-3
+    assert alone["float32"][-20:].mean() < alone["float32"][:20].mean() / 2  # there was something to learn
+
+
+def test_a_state_serves_any_number_of_processes(alone, tmp_path):
+    """Two are stopped, three are stopped, one ends it."""
+    parts = [losses(tmp_path, n, stop_at, ["float64"])["float64"] for n, stop_at in ((2, 50), (3, 130), (1, 0))]
+    assert [len(part) for part in parts[:2]] == [60, 80]  # a signal is heeded at the next look at the losses
+    assert (torch.cat(parts) - alone["float64"]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_a_batch_in_parts_has_the_same_losses(tmp_path, parts):
+    def run(accumulate: int) -> torch.Tensor:
+        (states := tmp_path / str(accumulate)).mkdir()
+        log = Recorder()
+        train(params(model__dropout=0.0, batch_size=7), class_images(), CPU, states, log, False, accumulate=accumulate)
+        return torch.tensor([value for (name, _), value in log.values.items() if name == "train/loss"])
+
+    difference = (run(parts) - run(1)).abs()
+    assert difference[:10].max() < 1e-5
+    assert difference.max() < 1e-3
+
+
+def test_too_small_a_batch_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"train.batch_size: 8 images are too few for 2 processes in 5 parts each; lower "):
+        train(params(), class_images(), CPU, tmp_path, Recorder(), False, Group(0, 2), accumulate=5)
+
+
+def test_shares_are_all_of_it_and_as_equal_as_can_be():
+    for size in range(1, 9):
+        for count in range(size, 30):
+            shares = [Group(rank, size).share(list(range(count))) for rank in range(size)]
+            assert [item for share in shares for item in share] == list(range(count))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
