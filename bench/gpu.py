@@ -28,7 +28,7 @@ from ddpm.data import RAW, load_split, to_model_range
 from ddpm.device import can_compile, select_device
 from ddpm.files import file_sha256
 from ddpm.params import clean_errors, load_params
-from measure import gemm_rate, gflop, seconds, table
+from measure import Rates, gemm_rate, gflop, seconds, table
 
 BATCH, STEPS = 512, 300
 MATRIX = 8192  # the side of the matrices that measure the rate
@@ -92,14 +92,6 @@ def own_rate(device: torch.device, data: training.Data) -> float:
     """Images/s as `training.train` itself reports them, the median of its windows once it is warm."""
     settings = {"batch_size": BATCH, "steps": STEPS, "report_every": STEPS, "precision": "bfloat16"}
     p = load_params(ROOT / "params.yaml").train.model_copy(update=settings)
-
-    class Rates(list):
-        def metrics(self, _step: int, values: dict[str, float]) -> None:
-            self.extend(v for name, v in values.items() if name == "train/images_per_second")
-
-        def preview(self, step: int, images: Tensor) -> None: ...
-
-        def sync(self) -> None: ...
 
     with tempfile.TemporaryDirectory() as folder:
         training.train(p, data, device, Path(folder), rates := Rates(), compile_model=can_compile(device))

@@ -51,6 +51,17 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
+class Rates(list):
+    """A log of training that keeps the images/s of every window, and nothing else."""
+
+    def metrics(self, _step: int, values: dict[str, float]) -> None:
+        self.extend(v for name, v in values.items() if name == "train/images_per_second")
+
+    def preview(self, step: int, images: Tensor) -> None: ...
+
+    def sync(self) -> None: ...
+
+
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

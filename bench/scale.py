@@ -15,6 +15,7 @@ from contenders import ROOT
 from ddpm.params import parse_params
 from ddpm.unet import UNet
 from measure import gflop, table
+from preset import merge
 
 TRAINING = """
 import json, sys, tempfile
@@ -26,12 +27,7 @@ from ddpm.data import load_data
 from ddpm.distributed import joined
 from ddpm.params import load_params
 from ddpm.training import train
-
-class Rates(list):
-    def metrics(self, _, values):
-        self.extend(value for name, value in values.items() if name == "train/images_per_second")
-    def preview(self, step, images): ...
-    def sync(self): ...
+from measure import Rates
 
 p = load_params().train.model_copy(update={"steps": int(sys.argv[1]), "report_every": 10**6})
 with joined(torch.device("cpu")) as group, tempfile.TemporaryDirectory() as folder:
@@ -69,7 +65,7 @@ def training_rates(processes: int, steps: int) -> list[float]:
         script, result = Path(folder, "training.py"), Path(folder, "rates.json")
         script.write_text(TRAINING)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'bench'}"}
         subprocess.run([*launcher, script, str(steps), result], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, check=True)
         return json.loads(result.read_text())
 
@@ -77,8 +73,7 @@ def training_rates(processes: int, steps: int) -> list[float]:
 def cost(preset: dict) -> dict:
     """A model's parameters, its global batch, and the GFLOP of an image's forward and backward pass."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    for name, value in preset.get("train", {}).items():
-        params["train"][name] = {**params["train"][name], **value} if isinstance(value, dict) else value
+    list(merge(params, preset))  # in place; it yields what it changed
     p = parse_params(yaml.safe_dump(params), ROOT / "params.yaml").train
     model, n = UNet(**p.model.model_dump()), 8
     x, t, y = torch.randn(n, 1, 28, 28), torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from ddpm import tracking
-from ddpm.data import Data, data_files, load_data
+from ddpm.data import Data, digest, load_data
 from ddpm.device import enough_memory, select_device
 from ddpm.distributed import Group
 from ddpm.features import Classifier, extract, extract_cached, load_classifier
@@ -43,7 +43,8 @@ def main() -> None:
     data = load_data(params.data.name).thinned(REFERENCES)
     if images.shape[1:] != data.images.shape[1:]:
         raise UserError(f"{SAMPLES}: images are {sizes(images)}, {params.data.name}'s {sizes(data.images)}; {ANEW}")
-    name = fingerprint(params.evaluate.model_dump(), [*imported_source(), SAMPLES, path, *data_files(params.data.name)])
+    judged = {**params.evaluate.model_dump(), "data": digest(params.data.name)}
+    name = fingerprint(judged, [*imported_source(), SAMPLES, path])
 
     def work(group: Group, folder: Path) -> None:
         if group.first:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm import tracking
 from ddpm.checkpoint import save_model
-from ddpm.data import data_files, digest, load_data, raw_folder
+from ddpm.data import digest, load_data, raw_folder
 from ddpm.device import can_compile, enough_memory, select_device
 from ddpm.distributed import Group, is_worker
 from ddpm.figures import png, sheet
@@ -47,12 +47,13 @@ def main() -> None:
         print(f"warning: train.diffusion: {warning}", file=sys.stderr)
     data = load_data(params.data.name)
     architecture(p, data)  # where there is none for such images, it is told now
-    name = fingerprint(p.model_dump(), [*imported_source(), *data_files(params.data.name)])
+    data_sha256 = digest(params.data.name)
+    name = fingerprint({**p.model_dump(), "data": data_sha256}, imported_source())
 
     def work(group: Group, folder: Path) -> None:
         mine = data.to(device)
         if group.first:
-            track_training(params, mine, device, folder, group)
+            track_training(params, mine, data_sha256, device, folder, group)
         else:
             training(params, mine, device, None, None, group)
 
@@ -66,11 +67,10 @@ def training(params: Params, data: Data, device: torch.device, states: Path | No
     return train(params.train, data, device, states, log, compile_model, group, runtime.accumulate)
 
 
-def track_training(params: Params, data: Data, device: torch.device, folder: Path, group: Group) -> None:
+def track_training(params: Params, data: Data, data_sha256: str, device: torch.device, folder: Path, group: Group) -> None:
     """Train from the states in `folder`, write the outputs, and log it all as one MLflow run."""
     p, root, required = params.train, project_root(), params.runtime.require_mlflow
     with tracking.start_run("train", params.model_dump(), root, folder, str(device), required) as run:
-        data_sha256 = digest(params.data.name)
         profile = {"train_images": len(data.images), "test_images": len(data.test_images)}
         run.dataset(params.data.name, data_sha256[:32], str(raw_folder(params.data.name)), profile, "training")
         trained = training(params, data, device, folder, RunLog(run), group)

@@ -33,6 +33,7 @@ RECIPE = {
 }
 
 FLOOR_DRAWS = 5
+CPU = torch.device("cpu")
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -87,17 +88,19 @@ def blank(images: Tensor, classes: int, dropout: float = 0.0) -> Classifier:
     return Classifier(classes or 4, 1 if images.ndim == 3 else 3, dropout)
 
 
-def accuracy(model: Classifier, images: Tensor, labels: Tensor, classes: int) -> float:
-    images, labels = (images, labels) if classes else turned(images)
-    _, predictions = extract(model, images, torch.device("cpu"))
-    return (predictions == labels).float().mean().item()
+def features_and_accuracy(model: Classifier, images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, float]:
+    features, predictions = extract(model, images, CPU)
+    if not classes:
+        images, labels = turned(images)
+        _, predictions = extract(model, images, CPU)
+    return features, (predictions == labels).float().mean().item()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/classifier.pth"))
     out, name = parser.parse_args().out, load_params().data.name
-    data, cpu = load_data(name), torch.device("cpu")
+    data = load_data(name)
     classes = len(data.classes)
 
     weights = train(data.images, data.labels, classes).state_dict()
@@ -105,8 +108,8 @@ def main() -> None:
     model = blank(data.images, classes)
     model.load_state_dict(weights)  # judged as it will be used: from half precision, in float32
     model.eval()
-    train_features, _ = extract(model, data.images, cpu)
-    test_features, _ = extract(model, data.test_images, cpu)
+    train_features, train_accuracy = features_and_accuracy(model, data.images, data.labels, classes)
+    test_features, test_accuracy = features_and_accuracy(model, data.test_images, data.test_labels, classes)
     seen, unseen = [], []
     for draw in range(FLOOR_DRAWS):  # equal n, the same number of each class, against the same half of the training set
         order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(draw))
@@ -120,8 +123,8 @@ def main() -> None:
         "sha256": sha256(content),
         "data": name,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "test_accuracy": accuracy(model, data.test_images, data.test_labels, classes),
-        "train_accuracy": accuracy(model, data.images, data.labels, classes),
+        "test_accuracy": test_accuracy,
+        "train_accuracy": train_accuracy,
         # the closer these two, the less the features know their training set
         "fid_train_half_against_train_half": sum(seen) / FLOOR_DRAWS,
         "fid_test_against_train_half": sum(unseen) / FLOOR_DRAWS,

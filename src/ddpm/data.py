@@ -72,7 +72,7 @@ def load_data(name: str) -> Data:
     if name == FASHION_MNIST:
         return Data(*load_split(raw, "train"), *load_split(raw, "test"))
     images, labels, test_images, test_labels = (
-        map_idx(next(iter(sorted(raw.glob(f"{prefix}-{kind}-idx?-ubyte"))), raw / f"{prefix}-{kind}-idx3-ubyte"))
+        map_idx(min(raw.glob(f"{prefix}-{kind}-idx?-ubyte"), default=raw / f"{prefix}-{kind}-idx3-ubyte"))
         for prefix in (TRAIN, TEST)
         for kind in ("images", "labels")
     )
@@ -82,11 +82,8 @@ def load_data(name: str) -> Data:
 
 def digest(name: str) -> str:
     """SHA-256 that stands for all of a data set's files."""
-    return sha256("".join(file_sha256(path) for path in data_files(name)).encode())
-
-
-def data_files(name: str) -> list[Path]:
-    return sorted(path for path in raw_folder(name).iterdir() if not path.name.startswith("."))
+    files = sorted(path for path in raw_folder(name).iterdir() if not path.name.startswith("."))
+    return sha256("".join(file_sha256(path) for path in files).encode())
 
 
 def load_split(raw: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -140,10 +137,14 @@ def read_header(file: BinaryIO) -> tuple[int, ...] | None:
     return tuple(int.from_bytes(sizes[i : i + 4], "big") for i in range(0, len(sizes), 4))
 
 
+def channels_first(images: Tensor) -> Tensor:
+    """[N, H, W] or [N, H, W, 3] → [N, C, H, W]."""
+    return images.unsqueeze(1) if images.ndim == 3 else images.movedim(3, 1)
+
+
 def to_model_range(images: Tensor) -> Tensor:
     """uint8 [N, H, W] or [N, H, W, 3] → float32 [N, C, H, W] in [-1, 1]."""
-    images = images.unsqueeze(1) if images.ndim == 3 else images.movedim(3, 1)
-    return images.float() / 127.5 - 1
+    return channels_first(images).float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor) -> Tensor:

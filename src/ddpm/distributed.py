@@ -72,6 +72,11 @@ def is_worker() -> bool:
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
+def by_a_lost_process(error: BaseException) -> bool:
+    """Whether it is what PyTorch raises where another process of the same group is gone."""
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in LOST))
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[Group]:
     """The group that this process was started in, for as long as the block lasts.
@@ -87,7 +92,7 @@ def joined(device: torch.device) -> Iterator[Group]:
     try:
         yield Group(dist.get_rank(), dist.get_world_size())
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or any(sign in str(error) for sign in LOST):
+        if by_a_lost_process(error):
             raise Stopped(signal.SIGTERM, f"another process of this run was lost; {AGAIN}") from None
         raise
     finally:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ddpm.data import channels_first
 from ddpm.distributed import ALONE, Group
 from ddpm.files import file_sha256, load_tensors, read_verified, write_verified
 from ddpm.params import FASHION_MNIST, UserError
@@ -43,8 +44,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(FEATURES, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = images.unsqueeze(1) if images.ndim == 3 else images.movedim(3, 1)
-        x = (x.float() / 255 - PIXEL_MEAN) / PIXEL_STD
+        x = (channels_first(images).float() / 255 - PIXEL_MEAN) / PIXEL_STD
         x = F.max_pool2d(F.relu(self.stem(x)), 2)
         x = F.max_pool2d(F.relu(self.widen(x)), 2)
         x = F.relu(self.shortcut(x) + self.block(x))

@@ -103,9 +103,8 @@ def _take_images(folder: Path, raw: Path) -> list[str]:
             raise UserError(f"{folder}: train has classes {classes}, test has {test_classes}; they should be the same")
     else:
         classes, found = _find_images(folder)
-        held_out = [i % HELD_OUT == HELD_OUT - 1 for i in range(len(found))]
-        train = [item for item, held in zip(found, held_out, strict=True) if not held]
-        test = [item for item, held in zip(found, held_out, strict=True) if held]
+        test = found[HELD_OUT - 1 :: HELD_OUT]
+        train = [item for i, item in enumerate(found, 1) if i % HELD_OUT]
     if len(test) < FEWEST:
         raise UserError(
             f"{folder}: {len(test)} images for testing are too few; {FEWEST} are needed, or {FEWEST * HELD_OUT} to split"

@@ -18,9 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from torch.distributed import DistError
-
-from ddpm.distributed import LOST
+from ddpm.distributed import by_a_lost_process
 from ddpm.files import sync
 from ddpm.params import UserError
 from ddpm.resume import hold
@@ -176,7 +174,7 @@ def start_run(
         run.begin(required)
         yield run
     except BaseException as error:
-        run.finish("FAILED" if isinstance(error, Exception) and not _by_a_lost_process(error) else "KILLED")
+        run.finish("FAILED" if isinstance(error, Exception) and not by_a_lost_process(error) else "KILLED")
         raise
     run.finish("FINISHED")
 
@@ -212,11 +210,6 @@ def mark_killed(folder: Path, root: Path) -> None:
         with suppress(Exception):  # once more where it was lost before MLflow had it
             Store(root, journal, {**start, "system_metrics": False}).ship(deque([end]), 1)
     journal.file.close()
-
-
-def _by_a_lost_process(error: Exception) -> bool:
-    """Whether it is what PyTorch raises where another process of the same run is gone."""
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST))
 
 
 def _now() -> int:
