@@ -1,6 +1,7 @@
 """`make ui`: the MLflow UI over this repository's store, for this machine alone.
 
-Prints the address of the runs when it is ready. `python src/ui.py --port 5001` uses another port.
+Prints the address of the runs when it is ready. `python src/ui.py --port 5001` uses another port. Where MLFLOW_TRACKING_URI
+names a server it starts nothing: the address is that server's.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from contextlib import suppress
 import requests
 
 from ddpm.params import Stopped, UserError, clean_errors, project_root
-from ddpm.tracking.store import experiment_name, tracking_uri
+from ddpm.tracking.store import experiment_id, experiment_name, tracking_uri, without_password
 
 HOST, PORT = "127.0.0.1", 5000
 READY_SECONDS = 120
@@ -29,7 +30,7 @@ def main() -> None:
     root = project_root()
     uri = tracking_uri(root)
     if uri.startswith("http"):
-        print(f"the runs are at {uri}")
+        print(page(without_password(uri.rstrip("/")), experiment_id(uri)))
         return
     with socket.socket() as probe:
         if probe.connect_ex((HOST, port)) == 0:
@@ -43,7 +44,7 @@ def main() -> None:
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        print(f"{runs_address(server, port)}\nCtrl-C ends it", flush=True)
+        print(f"{started(server, port)}\nCtrl-C ends it", flush=True)
         with suppress(Stopped):
             server.wait()
     finally:
@@ -52,8 +53,15 @@ def main() -> None:
         server.wait()
 
 
-def runs_address(server: subprocess.Popen, port: int) -> str:
-    """The page of the runs, once the server answers."""
+def page(server: str, experiment: str | None) -> str:
+    """Of the runs on a server."""
+    if experiment is None:
+        return f"{server} (no runs yet: `dvc repro` makes the first)"
+    return f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+
+
+def started(server: subprocess.Popen, port: int) -> str:
+    """The page of the runs, once the server that we started answers."""
     address, session = f"http://{HOST}:{port}", requests.Session()
     session.trust_env = False  # a proxy has no business here
     deadline = time.monotonic() + READY_SECONDS
@@ -68,10 +76,9 @@ def runs_address(server: subprocess.Popen, port: int) -> str:
             time.sleep(0.2)
             continue
         if answer.ok:
-            number = answer.json()["experiment"]["experiment_id"]
-            return f"{address}/#/experiments/{number}/runs?workflowType=machine_learning"
+            return page(address, answer.json()["experiment"]["experiment_id"])
         if answer.status_code == 404:
-            return f"{address} (no runs yet: `dvc repro` makes the first)"
+            return page(address, None)
         return address
     raise UserError(f"the MLflow server doesn't answer at {address} within {READY_SECONDS} s")
 

@@ -36,7 +36,10 @@ from ddpm.tracking.store import tracking_uri
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
 PARAMS = {"train": {"steps": 40, "model": {"channels": [8, 16]}, "gamma": None}, "runtime": {"device": "cpu"}}
-VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "DVC_EXP_NAME", "DVC_ROOT")
+VARIABLES = (
+    *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"),
+    *("DVC_EXP_NAME", "DVC_ROOT"),
+)
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in VARIABLES} | {
     "PYTHONPATH": str(SRC),
     "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2",
@@ -607,7 +610,7 @@ def test_an_unreachable_server_delays_nothing_and_gets_everything_later(root, of
     with pytest.raises(UserError, match=f"^MLflow at {address}: Connection refused$"):
         tracking.ship(Path(folder), root)
 
-    with Server(address, tmp_path, root / "mlflow.db"):
+    with Server(address, tmp_path, copied(root / "mlflow.db", tmp_path)):
         command = [sys.executable, script, folder]
         shipped = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
         assert shipped.returncode == 0, shipped.stderr
@@ -621,22 +624,31 @@ def test_an_unreachable_server_delays_nothing_and_gets_everything_later(root, of
         check_whole_run(client, run)
 
 
-class Server:
-    """An MLflow server at `address` over a copy of `database`, as creating another would take longer; ready once entered."""
+def copied(database: Path, folder: Path) -> str:
+    """The store of a server: creating another would take longer."""
+    return f"sqlite:///{shutil.copy(database, folder / 'server.db')}"
 
-    def __init__(self, address: str, folder: Path, database: Path):
-        self.address, self.folder = address, folder
-        shutil.copy(database, folder / "server.db")
+
+class Server:
+    """An MLflow server at `address`, its artifacts and whatever else it writes in `folder`; ready once entered."""
+
+    def __init__(self, address: str, folder: Path, store_uri: str, *options: str, **environment: str):
+        self.address, self.folder, self.options = address, folder, options
+        self.environment = {
+            **ENVIRONMENT,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_BACKEND_STORE_URI": store_uri,
+            **environment,
+        }
 
     def __enter__(self):
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", self.address.rpartition(":")[2]),
-                *("--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"),
-                *("--artifacts-destination", self.folder / "artifacts"),
+                *("--workers", "1", "--artifacts-destination", self.folder / "artifacts", *self.options),
             ],
             cwd=self.folder,
-            env=ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            env=self.environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -665,7 +677,7 @@ def test_a_server_that_hangs_dies_and_comes_back_gets_everything_and_holds_nobod
     address, slowest = f"http://127.0.0.1:{free_port()}", 0.0
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     (tmp_path / "model.pth").write_bytes(b"weights" * 1000)
-    server = Server(address, tmp_path, root / "mlflow.db")
+    server = Server(address, tmp_path, copied(root / "mlflow.db", tmp_path))
 
     def log(steps: range) -> None:
         nonlocal slowest
@@ -755,7 +767,7 @@ def test_where_mlflow_is_required_its_absence_ends_the_stage(tmp_path, monkeypat
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     with pytest.raises(UserError) as caught, start_run("train", {}, tmp_path, required=True):
         raise AssertionError("it began")
-    assert str(caught.value) == f"MLflow at {address}: Connection refused; start it, or set runtime.require_mlflow: false"
+    assert str(caught.value) == f"MLflow at {address}: Connection refused; mend that, or set runtime.require_mlflow: false"
     assert capsys.readouterr().err == ""
 
 

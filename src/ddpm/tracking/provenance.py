@@ -44,6 +44,7 @@ def describe(stage: str, params: dict) -> tuple[str, dict[str, str]]:
         "mlflow.source.git.commit": head or "unknown",
         "mlflow.source.name": " ".join(sys.argv),
         "mlflow.source.type": "LOCAL",
+        "mlflow.user": os.environ.get("MLFLOW_TRACKING_USERNAME", ""),  # whose run it is, where a team shares a server
         "git_dirty": "unknown" if status is None else str(bool(status)).lower(),
         "dvc_exp_name": experiment,
         "preset": preset,

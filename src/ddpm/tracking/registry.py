@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ddpm.files import write_atomic
 from ddpm.params import SampleParams, UserError
-from ddpm.tracking.store import REFUSED, quiet, root_cause, store_exists, tracking_uri
+from ddpm.tracking.store import REFUSED, quiet, root_cause, store_exists, tracking_uri, without_password
 
 MODEL = "fashion-ddpm"
 CHAMPION = "champion"
@@ -98,7 +98,7 @@ def champion(root: Path) -> tuple[str, Path, SampleParams] | None:
     except Exception as error:
         if getattr(error, "error_code", None) in REFUSED:  # it was never registered
             return None
-        raise UserError(f"MLflow at {uri}: {root_cause(error)}; {remedy}") from None
+        raise UserError(f"MLflow at {without_password(uri)}: {root_cause(error)}; {remedy}") from None
     name, digest = f"{MODEL}, version {found.version}", found.tags.get("checkpoint_sha256")
     try:
         sampling = SampleParams.model_validate_json(found.tags["sampling"])
@@ -112,5 +112,5 @@ def champion(root: Path) -> tuple[str, Path, SampleParams] | None:
                 copy = mlflow.artifacts.download_artifacts(file, dst_path=folder, tracking_uri=uri)
                 write_atomic(path, Path(copy).read_bytes())
         except Exception as error:
-            raise UserError(f"MLflow at {uri}: {file}: {root_cause(error)}; {remedy}") from None
+            raise UserError(f"MLflow at {without_password(uri)}: {file}: {root_cause(error)}; {remedy}") from None
     return name, path, sampling

@@ -54,8 +54,8 @@ class Run:
                 self.refused = True
                 if new:
                     self.journal.path.unlink()
-                cause = root_cause(error)
-                raise UserError(f"MLflow at {self.store.uri}: {cause}; start it, or set runtime.require_mlflow: false") from None
+                told = f"MLflow at {self.store.address}: {root_cause(error)}"
+                raise UserError(f"{told}; mend that, or set runtime.require_mlflow: false") from None
         self.thread.start()
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
@@ -116,7 +116,7 @@ class Run:
                 folder = folder.rename(folder.with_name(f"unshipped-{self.store.start['journal'][:12]}"))
         if not self.shipped.is_set():
             print(
-                f"warning: MLflow at {self.store.uri} has not taken all of this run ({self.store.problem or 'no answer'}); "
+                f"warning: MLflow at {self.store.address} has not taken all of this run ({self.store.problem or 'no answer'}); "
                 f"it is kept, and `python src/ship.py {folder}` ships it",
                 file=sys.stderr,
             )
@@ -193,11 +193,11 @@ def ship(folder: Path, root: Path) -> str:
         try:
             store.ship(queue, len(queue))
         except Exception as error:
-            raise UserError(f"MLflow at {store.uri}: {root_cause(error)}") from None
+            raise UserError(f"MLflow at {store.address}: {root_cause(error)}") from None
         journal.file.close()
         if journal.entries[-1].get("end") == "FINISHED" and not list(folder.glob("*.pt")):
             shutil.rmtree(folder)
-    return store.uri
+    return store.address
 
 
 def mark_killed(folder: Path, root: Path) -> None:

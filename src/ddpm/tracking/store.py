@@ -13,6 +13,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
+from ddpm.params import UserError
 from ddpm.tracking.journal import Journal
 
 EXPERIMENT = "fashion-mnist-ddpm"  # MLFLOW_EXPERIMENT_NAME names another
@@ -20,6 +21,10 @@ EXIT_SECONDS = 10  # how long the end waits for a store that is in trouble
 SLOW_SECONDS = 120  # and for one that is only slow, such as a database that is being created
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")  # asking again would change nothing
 MAX_BATCH = 1000  # metrics that MLflow takes in one call
+NO_ACCESS = {
+    "UNAUTHENTICATED": "it knows no such user and password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+    "PERMISSION_DENIED": "the user in MLFLOW_TRACKING_USERNAME may not do this there; its administrator can permit it",
+}
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -40,8 +45,24 @@ def tracking_uri(root: Path) -> str:
 
 def run_address(uri: str, run: Any) -> str:
     """The run's page: on the server, or on the one that `make ui` starts."""
-    server = re.sub(r"//[^/]*@", "//", uri.rstrip("/")) if uri.startswith("http") else "http://127.0.0.1:5000"  # no password
+    server = without_password(uri.rstrip("/")) if uri.startswith("http") else "http://127.0.0.1:5000"
     return f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning"
+
+
+def experiment_id(uri: str) -> str | None:
+    """The experiment's on a server; None before the first run. Raises UserError where it is away, or doesn't let us in."""
+    import mlflow
+
+    try:
+        experiment = mlflow.MlflowClient(uri, uri).get_experiment_by_name(experiment_name())
+    except Exception as error:
+        raise UserError(f"MLflow at {without_password(uri)}: {root_cause(error)}") from None
+    return experiment and experiment.experiment_id
+
+
+def without_password(uri: str) -> str:
+    """To be shown: user and password left out."""
+    return re.sub(r"//[^/]*@", "//", uri)
 
 
 def experiment_name() -> str:
@@ -79,7 +100,7 @@ def evaluations(root: Path) -> dict[str, Any]:
             order_by=["attributes.start_time DESC"],
         )
     except Exception as error:
-        print(f"warning: MLflow at {uri}: {root_cause(error)}; its runs are left out", file=sys.stderr)
+        print(f"warning: MLflow at {without_password(uri)}: {root_cause(error)}; its runs are left out", file=sys.stderr)
         return {}
     return {run.data.tags["samples_md5"]: run for run in reversed(runs or []) if "samples_md5" in run.data.tags}
 
@@ -90,6 +111,7 @@ class Store:
     def __init__(self, root: Path, journal: Journal, start: dict):
         self.root, self.journal, self.start = root, journal, start
         self.uri = tracking_uri(root)
+        self.address = without_password(self.uri)
         self.is_local = "://" not in self.uri or self.uri.startswith(("sqlite:", "file:"))
         self.problem: str | None = None  # the last one, while it lasts
         self.problem_since = 0.0
@@ -99,7 +121,7 @@ class Store:
     def in_trouble(self, problem: str) -> None:
         if self.problem is None:
             print(
-                f"warning: MLflow at {self.uri}: {problem}; the run goes on, and MLflow gets everything once it answers",
+                f"warning: MLflow at {self.address}: {problem}; the run goes on, and MLflow gets everything once it answers",
                 file=sys.stderr,
             )
             self.problem_since = time.monotonic()
@@ -133,7 +155,7 @@ class Store:
                     if error.error_code not in REFUSED:
                         raise
                     said = str(error).splitlines()[0][:200]
-                    print(f"warning: MLflow at {self.uri} refused to log {next(iter(queue[0]))}: {said}", file=sys.stderr)
+                    print(f"warning: MLflow at {self.address} refused to log {next(iter(queue[0]))}: {said}", file=sys.stderr)
             for _ in range(max(len(batch), 1)):
                 queue.popleft()
                 count -= 1
@@ -146,17 +168,10 @@ class Store:
 
         quiet()
         mlflow.set_tracking_uri(self.uri)
-        name = experiment_name()
         (self.root / ".cache").mkdir(exist_ok=True)
         with FileLock(self.root / ".cache" / "mlflow.lock"):  # two processes that create one database at once crash
             self.client = mlflow.MlflowClient(self.uri, self.uri)
-            experiment = self.client.get_experiment_by_name(name)
-            if experiment is None:
-                location = (self.root / "mlartifacts" / name).as_uri() if self.is_local else None
-                experiment_id = self.client.create_experiment(name, artifact_location=location)
-            else:
-                experiment_id = experiment.experiment_id
-        self.experiment_id = experiment_id
+            self.experiment_id = self._experiment(experiment_name())
 
         if checkpoint := self.start["checkpoint_sha256"]:
             parents = self._find(f"tags.stage = 'train' and tags.checkpoint_sha256 = '{checkpoint}' and status = 'FINISHED'")
@@ -177,6 +192,19 @@ class Store:
 
             self.monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.uri)
             self.monitor.start()
+
+    def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        if experiment := self.client.get_experiment_by_name(name):
+            return experiment.experiment_id
+        location = (self.root / "mlartifacts" / name).as_uri() if self.is_local else None
+        try:
+            return self.client.create_experiment(name, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another machine was quicker
+                raise
+            return self.client.get_experiment_by_name(name).experiment_id
 
     def _send(self, entry: dict) -> None:
         if "start" in entry:
@@ -269,6 +297,8 @@ def _leading_metrics(queue: deque[dict], limit: int) -> list[dict]:
 
 def root_cause(error: BaseException) -> str:
     """What lies at the root of an error, on one line."""
+    if said := NO_ACCESS.get(getattr(error, "error_code", None)):
+        return said
     while deeper := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = deeper
     lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
