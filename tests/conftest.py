@@ -25,6 +25,17 @@ def fashion_mnist(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory, fashion_mnist) -> Path:
+    """A clone with the smoke preset after `dvc repro`, all committed. Its files and its commit are to stay as they are."""
+    from test_pipeline import run, smoke_clone
+
+    clone = smoke_clone(tmp_path_factory.mktemp("smoke"), fashion_mnist)
+    run(clone, "dvc", "repro")
+    run(clone, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qam", "smoke run")
+    return clone
+
+
+@pytest.fixture(scope="session")
 def random_model(tmp_path_factory) -> Path:
     """A small model of 50 timesteps that has learned nothing."""
     unet = {"channels": [8, 16], "blocks": 1, "attention": [], "heads": 2, "dropout": 0.0, "patch_size": 2}

@@ -24,17 +24,15 @@ from PIL import Image
 import browser
 from conftest import free_port
 from ddpm.data import CLASSES
-from test_pipeline import ENVIRONMENT, mlflow_runs, run, smoke_clone
+from test_pipeline import ENVIRONMENT, mlflow_runs, run
 
 pytestmark = pytest.mark.pipeline
 needs_chromium = pytest.mark.skipif(not browser.CHROMIUM.exists(), reason="needs Debian's package chromium")
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory, fashion_mnist: Path) -> Path:
-    clone = smoke_clone(tmp_path_factory.mktemp("views"), fashion_mnist)
-    run(clone, "dvc", "repro")
-    run(clone, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qam", "smoke run")
+def clone(smoke_run: Path) -> Path:
+    clone = smoke_run
     run(clone, "dvc", "exp", "run", "--temp", "-n", "few-steps", "-S", "sample.steps=3")
     run(clone, "dvc", "exp", "run", "--temp", "-n", "sigmoid", "-S", "train.diffusion.schedule=sigmoid", "-S", "train.steps=90")
     return clone
