@@ -1,8 +1,11 @@
 import socket
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ddpm.checkpoint import save_model
 from ddpm.data import FILES
@@ -32,6 +35,33 @@ def smoke_run(tmp_path_factory, fashion_mnist) -> Path:
     clone = smoke_clone(tmp_path_factory.mktemp("smoke"), fashion_mnist)
     run(clone, "dvc", "repro")
     run(clone, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qam", "smoke run")
+    return clone
+
+
+@pytest.fixture(scope="session")
+def coloured_run(tmp_path_factory) -> Path:
+    """A clone with three classes of coloured images, 16 × 16 pixels, after `dvc repro`: by the smoke preset and params alone."""
+    import crash
+    from test_pipeline import edit_params, run, stages_run
+
+    folder = tmp_path_factory.mktemp("coloured")
+    for i, name in enumerate(("red", "green", "blue")):
+        (folder / "colours" / name).mkdir(parents=True)
+        for n in range(70):
+            array = np.random.default_rng(n).integers(0, 60, (16, 16, 3), np.uint8)
+            array[..., i] += 180
+            Image.fromarray(array).save(folder / "colours" / name / f"{n}.png")
+    clone = crash.clone(folder)
+    changes = {
+        "data": {"name": "colours", "folder": str(folder / "colours")},
+        "evaluate": {"classifier": "models/classifier-colours.pth"},
+        "train": {"steps": 200, "learning_rate": 0.01},
+        "sample": {"count": 30},
+    }
+    edit_params(clone, changes)
+    run(clone, "dvc", "repro", "download")
+    run(clone, sys.executable, "src/train_classifier.py", "--out", "models/classifier-colours.pth")
+    assert stages_run(run(clone, "dvc", "repro")) == ["train", "sample", "evaluate"]
     return clone
 
 

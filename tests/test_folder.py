@@ -17,7 +17,7 @@ import crash
 from ddpm.data import idx_header, load_data, map_idx
 from ddpm.folder import take_folder
 from ddpm.params import UserError
-from test_pipeline import edit_params, run, stages_run, start
+from test_pipeline import edit_params, start
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -241,26 +241,8 @@ def test_a_set_larger_than_memory_trains(workspace):
 
 
 @pytest.mark.pipeline
-def test_a_folder_of_coloured_images_through_the_whole_pipeline(workspace):
-    """Three classes of 16 × 16 pixels, through params alone."""
-    for i, name in enumerate(("red", "green", "blue")):
-        folder = workspace / "colours" / name
-        folder.mkdir(parents=True)
-        for n in range(70):
-            array = np.random.default_rng(n).integers(0, 60, (16, 16, 3), np.uint8)
-            array[..., i] += 180
-            Image.fromarray(array).save(folder / f"{n}.png")
-    clone = crash.clone(workspace)
-    changes = {
-        "data": {"name": "colours", "folder": str(workspace / "colours")},
-        "evaluate": {"classifier": "models/classifier-colours.pth"},
-        "train": {"steps": 200, "learning_rate": 0.01},
-        "sample": {"count": 30},
-    }
-    edit_params(clone, changes)
-    run(clone, "dvc", "repro", "download")
-    run(clone, sys.executable, "src/train_classifier.py", "--out", "models/classifier-colours.pth")
-    assert stages_run(run(clone, "dvc", "repro")) == ["train", "sample", "evaluate"]
+def test_a_folder_of_coloured_images_through_the_whole_pipeline(coloured_run):
+    clone = coloured_run
     samples = np.load(clone / "output/samples.npz")
     assert samples["images"].shape == (30, 16, 16, 3)
     colours = samples["images"].mean((1, 2)).argmax(1)
@@ -271,6 +253,7 @@ def test_a_folder_of_coloured_images_through_the_whole_pipeline(workspace):
     with Image.open(clone / "output/generated_samples.png") as grid:
         assert grid.mode == "RGB"
 
+    before = (clone / "params.yaml").read_text()
     edit_params(
         clone, {"evaluate": {"classifier": "models/classifier.pth"}, "train": {"model": {"channels": [16, 32, 64, 64, 64]}}}
     )
@@ -281,3 +264,4 @@ def test_a_folder_of_coloured_images_through_the_whole_pipeline(workspace):
         _, errors = (process := start(clone, f"src/{stage}.py")).communicate()
         assert process.returncode == 1
         assert errors.splitlines()[-1].startswith(line)
+    (clone / "params.yaml").write_text(before)
