@@ -16,7 +16,7 @@ from ddpm import tracking
 from ddpm.data import Data, digest, load_data
 from ddpm.device import enough_memory, select_device
 from ddpm.distributed import Group
-from ddpm.features import Classifier, extract, extract_cached, load_classifier
+from ddpm.features import TURNS, Classifier, extract, extract_cached, load_classifier
 from ddpm.figures import save_png, sheet
 from ddpm.files import file_md5, file_sha256, sha256, write_atomic
 from ddpm.metrics import fid, kid, memorisation, nearest, prdc
@@ -43,6 +43,9 @@ def main() -> None:
     data = load_data(params.data.name).thinned(REFERENCES)
     if images.shape[1:] != data.images.shape[1:]:
         raise UserError(f"{SAMPLES}: images are {sizes(images)}, {params.data.name}'s {sizes(data.images)}; {ANEW}")
+    if (classifier.channels, classifier.classes) != (data.image_shape[0], len(data.classes) or TURNS):
+        anew = f"`python src/train_classifier.py --out {path}` makes it anew"
+        raise UserError(f"{path}: trained on {params.data.name} as it was before, with other classes or colours; {anew}")
     judged = {**params.evaluate.model_dump(), "data": digest(params.data.name)}
     name = fingerprint(judged, [*imported_source(), SAMPLES, path])
 

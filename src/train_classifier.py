@@ -1,4 +1,4 @@
-"""Train the evaluator of params.yaml's data set, once, by hand: `python src/train_classifier.py [--out models/classifier.pth]`.
+"""Train the evaluator of params.yaml's data set, once, by hand: `python src/train_classifier.py`.
 
 No stage of the pipeline: figures compare only under the same frozen features. Prints, and writes beside the weights,
 the test accuracy and two floors that should be close: the FID between halves of the training set, which the classifier
@@ -16,10 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.data import load_data
-from ddpm.features import Classifier, extract
+from ddpm.features import TURNS, Classifier, extract
 from ddpm.files import serialise, sha256, write_atomic
 from ddpm.metrics import fid
-from ddpm.params import clean_errors, load_params
+from ddpm.params import FASHION_MNIST, clean_errors, load_params
 
 RECIPE = {
     "seed": 0,
@@ -53,7 +53,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def turned(images: Tensor) -> tuple[Tensor, Tensor]:
     """The images, each turned by one of four quarter turns, and by which."""
-    quarters = torch.arange(len(images)) % 4
+    quarters = torch.arange(len(images)) % TURNS
     return torch.stack([image.rot90(int(k)) for image, k in zip(images, quarters, strict=True)]), quarters
 
 
@@ -85,21 +85,25 @@ def train(images: Tensor, labels: Tensor, classes: int) -> Classifier:
 
 
 def blank(images: Tensor, classes: int, dropout: float = 0.0) -> Classifier:
-    return Classifier(classes or 4, 1 if images.ndim == 3 else 3, dropout)
+    return Classifier(classes or TURNS, 1 if images.ndim == 3 else 3, dropout)
 
 
 def features_and_accuracy(model: Classifier, images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, float]:
     features, predictions = extract(model, images, CPU)
     if not classes:
-        images, labels = turned(images)
-        _, predictions = extract(model, images, CPU)
+        right = []
+        for batch in images.split(1000):  # of a set that may be larger than memory
+            batch, quarters = turned(batch)
+            right.append(extract(model, batch, CPU)[1] == quarters)
+        return features, torch.cat(right).float().mean().item()
     return features, (predictions == labels).float().mean().item()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("models/classifier.pth"))
-    out, name = parser.parse_args().out, load_params().data.name
+    parser.add_argument("--out", type=Path, help="models/classifier.pth, or models/classifier-NAME.pth for other data")
+    name = load_params().data.name
+    out = parser.parse_args().out or Path(f"models/classifier{'' if name == FASHION_MNIST else f'-{name}'}.pth")
     data = load_data(name)
     classes = len(data.classes)
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 
 import requests
 
-from ddpm.params import Stopped, UserError, clean_errors, project_root
+from ddpm.params import Stopped, UserError, between, clean_errors, project_root
 from ddpm.tracking.store import experiment_id, experiment_name, tracking_uri, without_password
 
 HOST, PORT = "127.0.0.1", 5000
@@ -25,7 +25,7 @@ READY_SECONDS = 120
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--port", type=int, choices=range(1, 65536), metavar="PORT", default=PORT)
+    parser.add_argument("--port", type=between(1, 65535), default=PORT)
     port = parser.parse_args().port
     root = project_root()
     uri = tracking_uri(root)
@@ -37,9 +37,12 @@ def main() -> None:
             raise UserError(f"port {port} is taken, perhaps by another `make ui`; choose one: python src/ui.py --port {port + 1}")
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", uri, "--artifacts-destination", str(root / "mlartifacts")),
+        *("--artifacts-destination", str(root / "mlartifacts")),
     ]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # it would take 40 s and 2.6 GB
+    environment = os.environ | {
+        "MLFLOW_BACKEND_STORE_URI": uri,  # not among the arguments: it may have a password
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # it would take 40 s and 2.6 GB
+    }
     server = subprocess.Popen(  # in a session of its own: Ctrl-C reaches it through us, and it leaves nobody behind
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -67,7 +70,8 @@ def started(server: subprocess.Popen, port: int) -> str:
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise UserError(f"the MLflow server ended with status {server.returncode}; `{shlex.join(server.args)}` says why")
+            command = f"MLFLOW_BACKEND_STORE_URI=… {shlex.join(server.args)}"
+            raise UserError(f"the MLflow server ended with status {server.returncode}; `{command}` says why")
         try:
             answer = session.get(
                 f"{address}/api/2.0/mlflow/experiments/get-by-name", {"experiment_name": experiment_name()}, timeout=5

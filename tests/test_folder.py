@@ -74,6 +74,31 @@ def test_images_without_classes_in_train_and_test(workspace):
     assert (content(data.images), content(data.test_images)) == (set(train.values()), set(test.values()))
 
 
+def test_a_folder_that_is_taken_again_leaves_nothing_of_before(workspace):
+    pictures(workspace / "grey", 70)
+    taken(workspace / "grey")
+    pictures(workspace / "colours", 70, mode="RGB")
+    assert taken(workspace / "colours").image_shape == (3, 16, 16)
+
+    (workspace / "colours/003.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"003\.png: not a whole image"):
+        taken(workspace / "colours")
+    with pytest.raises(UserError, match=r"ubyte: there is no such file; "):
+        load_data("mine")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\n", b"one\ntwo\n"])
+def test_a_list_of_classes_that_is_none_is_told(workspace, content):
+    mnist(workspace / "all", packed=False)
+    assert len(taken(workspace / "all").classes) == 3
+    path = workspace / "data/mine/raw/classes.txt"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"^data/mine/raw.*; `python src/download.py` makes it anew$"):
+        load_data("mine")
+
+
 def mnist(folder: Path, packed: bool, dot: bool = False) -> dict[str, np.ndarray]:
     """A small set in MNIST's format, whose labels are 3, 5 and 9."""
     folder.mkdir(parents=True)

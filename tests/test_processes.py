@@ -4,16 +4,19 @@ One clone serves all tests of this file, in order: the last needs the model that
 """
 
 import re
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
 import psutil
 import pytest
 
-from test_pipeline import ENVIRONMENT, edit_params, mlflow_runs, run, start
+from ddpm.resume import load_state
+from test_pipeline import ENVIRONMENT, edit_params, mlflow_runs, start
 
 pytestmark = pytest.mark.pipeline
 STEPS = 200  # of that run
@@ -27,19 +30,23 @@ def clone(coloured_run: Path) -> Path:
     return coloured_run
 
 
-def lose(process: subprocess.Popen, clone: Path, rank: int) -> None:
-    """Kill one of the processes that `process` launched, once the first has saved a state since."""
+def after_a_state(process: subprocess.Popen, clone: Path) -> list[psutil.Process]:
+    """The workers that `process` launched, once the first has saved a state since."""
 
-    def states() -> set[tuple[Path, int]]:
-        return {(path, path.stat().st_mtime_ns) for path in clone.glob(".resume/*/state-*.pt")}
+    def newest() -> int:
+        times = [0]
+        for path in clone.glob(".resume/*/state-*.pt"):
+            with suppress(FileNotFoundError):  # an older state, removed meanwhile
+                times.append(path.stat().st_mtime_ns)
+        return max(times)
 
-    before = states()
-    while states() <= before:
+    before = newest()
+    while newest() == before:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    (worker,) = [w for w in workers if "src/train.py" in w.cmdline() and w.environ().get("RANK") == str(rank)]
-    worker.kill()
+    children = psutil.Process(process.pid).children(recursive=True)
+    workers = {w.environ()["RANK"]: w for w in children if "src/train.py" in w.cmdline()}
+    return [workers["0"], workers["1"]]
 
 
 def whole(clone: Path, training: mlflow.entities.Run) -> None:
@@ -51,37 +58,74 @@ def whole(clone: Path, training: mlflow.entities.Run) -> None:
     assert not [path for path in (clone / ".resume").iterdir() if path.is_dir()]
 
 
-def test_a_lost_process_ends_the_others_and_the_same_command_goes_on(clone: Path) -> None:
+def first_step(errors: str) -> int:
+    """The one that the progress bar began at."""
+    return int(re.search(rf"(\d+)/{STEPS} ", errors)[1])
+
+
+LOST = "error: process {} of 2 was killed by SIGKILL, and all were ended; the same command goes on from the last saved state"
+
+
+def test_whatever_ends_one_process_ends_all_and_the_same_command_goes_on(clone: Path) -> None:
     edit_params(clone, {"train": {"seed": 1}, "runtime": {"processes": 2}})
-    for rank in (1, 0):
+    goes_on = "stopped; the same command goes on from the last saved state"
+    reached, run_id = 0, None
+    for victim, number, status, told in (
+        (1, signal.SIGKILL, 1, LOST.format(1)),
+        (0, signal.SIGKILL, 1, LOST.format(0)),
+        ("launcher", signal.SIGKILL, -signal.SIGKILL, None),
+        ("launcher", signal.SIGTERM, 128 + signal.SIGTERM, goes_on),
+    ):
         process = start(clone, "src/train.py")
-        lose(process, clone, rank)
-        lost = time.monotonic()
+        workers = after_a_state(process, clone)
+        (process if victim == "launcher" else workers[victim]).send_signal(number)
+        ended = time.monotonic()
         _, errors = process.communicate(timeout=120)
-        assert time.monotonic() - lost < 60
-        assert process.returncode == 1
-        told = rf"error: process {rank} of 2 was killed by SIGKILL, and all were ended; .* goes on from the last saved state"
-        assert re.fullmatch(told, errors.splitlines()[-1]), errors
+        assert psutil.wait_procs(workers, timeout=30)[1] == []
+        assert time.monotonic() - ended < 60
+        assert process.returncode == status
+        assert told is None or errors.splitlines()[-1] == told
         assert "Traceback" not in errors
         *_, training = mlflow_runs(clone, "train")
-        assert training.info.status == "KILLED"
+        assert run_id in (None, training.info.run_id)
+        assert training.info.status == ("RUNNING" if told is None else "KILLED")  # nobody was left to say so
+        assert reached == 0 or first_step(errors) >= reached
+        run_id, reached = training.info.run_id, max(load_state(f)["step"] for f in clone.glob(".resume/*/") if load_state(f))
 
     edit_params(clone, {"runtime": {"processes": 1}})
-    run(clone, sys.executable, "src/train.py")
-    *_, finished = mlflow_runs(clone, "train")
-    assert finished.info.run_id == training.info.run_id
-    whole(clone, finished)
+    process = start(clone, "src/train.py")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert first_step(errors) == reached
+    *_, training = mlflow_runs(clone, "train")
+    assert training.info.run_id == run_id
+    whole(clone, training)
 
 
 def test_torchrun_restarts_what_was_lost(clone: Path) -> None:
     edit_params(clone, {"train": {"seed": 2}})
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     process = start(clone, *launcher, "src/train.py")
-    lose(process, clone, 1)
+    after_a_state(process, clone)[1].kill()
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
+    _, _, restarted = errors.partition("failed (exitcode: -9)")
+    assert first_step(restarted) > 0
     *_, training = mlflow_runs(clone, "train")
     whole(clone, training)
+
+
+def test_what_is_wrong_is_told_once(clone: Path) -> None:
+    before = (clone / "params.yaml").read_text()
+    edit_params(clone, {"train": {"batch_size": 1}, "runtime": {"processes": 2}})
+    process = start(clone, "src/train.py")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors == (
+        "error: train.batch_size: 1 images are too few for 2 processes in 1 parts each; "
+        "lower runtime.processes or runtime.accumulate\n"
+    )
+    (clone / "params.yaml").write_text(before)
 
 
 def test_two_processes_draw_and_judge_the_same(clone: Path) -> None:

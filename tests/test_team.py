@@ -71,7 +71,8 @@ def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     settings = re.sub(r"postgresql:\S+", database, block("ini")).replace("PASSWORD", ADMIN["MLFLOW_TRACKING_PASSWORD"])
     (folder / "auth.ini").write_text(settings)
     environment = {"MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"), "MLFLOW_FLASK_SERVER_SECRET_KEY": "secret"}
-    server = Server(address, folder, database, "--app-name", "basic-auth", **environment)
+    (behind_https,) = re.findall(r"`(--allowed-hosts [^`]+)`", SECTION)
+    server = Server(address, folder, database, "--app-name", "basic-auth", *behind_https.split(), **environment)
     with server, pytest.MonkeyPatch.context() as patch:
         for name, value in ADMIN.items():
             patch.setenv(name, value)
@@ -169,6 +170,15 @@ def test_strangers_are_refused_and_told_and_what_they_did_ships_later(server: Se
     for path in ("/", "/api/2.0/mlflow/experiments/get?experiment_id=0", "/api/2.0/mlflow-artifacts/artifacts"):
         for credentials in (None, ("ada", "wrong"), ("nobody", "password of ada")):
             assert requests.get(server.address + path, auth=credentials, timeout=10).status_code == 401
+
+    search = {"url": f"{server.address}/api/2.0/mlflow/experiments/search", "json": {"max_results": 1}, "timeout": 10}
+    for host, origin, status in (
+        ("mlflow.example.org", "https://mlflow.example.org", 200),  # the UI's page behind https asks so
+        ("mlflow.example.org", "https://elsewhere.example.org", 403),
+        ("elsewhere.example.org", "https://mlflow.example.org", 403),
+    ):
+        answer = requests.post(**search, headers={"Host": host, "Origin": origin}, auth=("ada", "password of ada"))
+        assert answer.status_code == status
 
     address = {"MLFLOW_TRACKING_URI": server.address}
     unknown = "it knows no such user and password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"

@@ -76,7 +76,12 @@ def load_data(name: str) -> Data:
         for prefix in (TRAIN, TEST)
         for kind in ("images", "labels")
     )
-    classes = tuple((raw / CLASSES_FILE).read_text(encoding="utf-8").splitlines())
+    try:
+        classes = tuple((raw / CLASSES_FILE).read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{raw / CLASSES_FILE}: missing or damaged; {AGAIN} anew") from None
+    if max(labels.max(), test_labels.max()) >= max(1, len(classes)):
+        raise UserError(f"{raw}: a label is none of the {len(classes)} in {CLASSES_FILE}; {AGAIN} anew")
     return Data(images, labels.long(), test_images, test_labels.long(), classes)
 
 

@@ -4,10 +4,13 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,7 +19,9 @@ from torch import Tensor, nn
 
 from ddpm.params import Stopped, UserError
 
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "ProcessGroup")  # in what PyTorch raises
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in what PyTorch raises
+LAUNCHER = "DDPM_LAUNCHER"  # tells the processes that `launch` starts which one they end with
+PATIENCE = timedelta(days=7)  # one may draw or compute for long while the others wait; lost ones are noticed by their connection
 AGAIN = "the same command goes on from the last saved state"
 
 
@@ -81,38 +86,63 @@ def by_a_lost_process(error: BaseException) -> bool:
 def joined(device: torch.device) -> Iterator[Group]:
     """The group that this process was started in, for as long as the block lasts.
 
-    Raises Stopped where another of its processes is lost.
+    Raises Stopped where another of its processes is lost. Where the launcher is, this process ends at once: whoever starts
+    the same run again must not find it at work.
     """
     if not is_worker():
         yield ALONE
         return
+    threading.Thread(target=_end_with, args=[int(os.environ.get(LAUNCHER, os.getppid()))], daemon=True).start()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun keeps its store when it restarts what was lost, and with it the addresses of processes that are gone
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE
+    )
     try:
-        yield Group(dist.get_rank(), dist.get_world_size())
-    except RuntimeError as error:
-        if by_a_lost_process(error):
-            raise Stopped(signal.SIGTERM, f"another process of this run was lost; {AGAIN}") from None
-        raise
+        yield Group(rank, size)
+    except BaseException as error:
+        if (ending := _ending(error, rank)) is error:
+            raise
+        raise ending from None
     finally:
         dist.destroy_process_group()
+
+
+def _end_with(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _ending(error: BaseException, rank: int) -> BaseException:
+    """What this process ends with, so that of several only the one speaks where it began, or else the first."""
+    lost = by_a_lost_process(error)
+    if lost or (rank and not isinstance(error, Stopped)):
+        try:
+            time.sleep(15)  # the launcher sees the other one's end meanwhile, and ends this one
+        except Stopped as stopped:
+            error, lost = stopped, False
+    if lost:
+        error = Stopped(signal.SIGTERM, f"another process of this run was lost; {AGAIN}")
+    return SystemExit(error.exit_status) if rank and isinstance(error, Stopped) else error
 
 
 def launch(count: int) -> None:
     """Run this program again as `count` processes on this machine, and return when all have succeeded.
 
-    Raises Stopped where they were asked to stop, UserError where one failed; by then none is left.
+    Raises Stopped where they were asked to stop, UserError where one was killed, SystemExit with the status of one that failed
+    and said why; by then none is left.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it has to say is said below, in a line
+    os.environ[LAUNCHER] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     config = LaunchConfig(1, 1, count, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
     try:
@@ -120,8 +150,13 @@ def launch(count: int) -> None:
     except SignalException as error:
         raise Stopped(error.sigval, f"stopped; {AGAIN}") from None
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode in (128 + signal.SIGTERM, 128 + signal.SIGINT):
-            raise Stopped(failure.exitcode - 128, f"stopped; {AGAIN}") from None
-        how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with status {failure.exitcode}"
-        raise UserError(f"process {rank} of {count} {how}, and all were ended; {AGAIN}") from None
+        stopped = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM)  # as all are where one has failed
+        rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode in stopped, item[1].timestamp))
+        if failure.exitcode in stopped:
+            raise Stopped(failure.exitcode % 128, f"stopped; {AGAIN}") from None
+        if failure.exitcode > 0:
+            sys.exit(failure.exitcode)
+        if rank == 0:
+            print(file=sys.stderr)  # its progress bar has not ended its line
+        killed = f"process {rank} of {count} was killed by {failure.signal_name()}, and all were ended"
+        raise UserError(f"{killed}; {AGAIN}") from None

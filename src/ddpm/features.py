@@ -20,6 +20,7 @@ from ddpm.params import FASHION_MNIST, UserError
 
 PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of Fashion-MNIST, pixels in [0, 1]; another set's are learned by its first layer
 FEATURES = 128
+TURNS = 4  # classes of a network that learned by which quarter turn an image was turned
 MADE_BY = "python src/train_classifier.py"
 
 
@@ -28,6 +29,7 @@ class Classifier(nn.Module):
 
     def __init__(self, classes: int = 10, channels: int = 1, dropout: float = 0.3):
         super().__init__()
+        self.classes, self.channels = classes, channels
 
         def conv(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
             return nn.Sequential(

@@ -31,6 +31,8 @@ def take_folder(folder: Path, raw: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"data.folder: {folder}: there is no such folder")
     take = _take_mnist if list(folder.glob(f"{TRAIN}-images?idx*")) else _take_images
+    for old in (raw / CLASSES_FILE, *raw.glob("*-ubyte")):  # the list of classes comes last: without it there is no data set
+        old.unlink(missing_ok=True)
     classes = take(folder, raw)
     write_atomic(raw / CLASSES_FILE, "".join(f"{name}\n" for name in classes).encode())
 
@@ -50,6 +52,8 @@ def _take_mnist(folder: Path, raw: Path) -> list[str]:
                 )
             if shape[0] != len(labels[prefix]):
                 raise UserError(f"{path}: {shape[0]} images, but there are {len(labels[prefix])} labels")
+            if shape[0] < FEWEST:
+                raise UserError(f"{path}: {shape[0]} images are too few; {FEWEST} are needed")
             with atomic(raw / idx_name(prefix, "images", shape)) as out:
                 out.write(idx_header(shape))
                 for chunk in _chunks(path, file):

@@ -12,7 +12,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 ONE_PROCESS = {"sync_on_compute": False}  # has all features, also where several gathered them
-ROWS, COLUMNS = 1000, 60_000  # of a distance matrix held at a time
+ROWS = 1000  # of a distance matrix held at a time
+HELD = 1 << 28  # bytes of what they are distances to
 
 
 class _Features(nn.Module):
@@ -83,8 +84,9 @@ def nearest(queries: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """
     best = _points(queries[:1]).new_full((len(queries),), torch.inf)
     index = torch.zeros(len(queries), dtype=torch.int64)
-    for start in range(0, len(reference), COLUMNS):
-        some = _points(reference[start : start + COLUMNS])
+    columns = max(1, HELD // (4 * reference[0].numel()))
+    for start in range(0, len(reference), columns):
+        some = _points(reference[start : start + columns])
         for rows in torch.arange(len(queries)).split(ROWS):
             distance, found = torch.cdist(_points(queries[rows]), some).min(1)
             closer = distance < best[rows]

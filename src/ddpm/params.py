@@ -1,12 +1,13 @@
 """params.yaml as typed, validated, frozen objects: a section a stage, and `runtime` for what doesn't change results."""
 
+import argparse
 import difflib
 import math
 import os
 import reprlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -283,6 +284,17 @@ def project_root() -> Path:
     if root and (Path(root) / ".dvc").is_dir():
         return Path(root).resolve()
     return Path(__file__).resolve().parents[2]
+
+
+def between(low: int, high: int) -> Callable[[str], int]:
+    """For argparse: what reads a whole number in this range, or refuses with a line that says so."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} should be a whole number from {low} to {high}")
+        return int(text)
+
+    return read
 
 
 @contextmanager

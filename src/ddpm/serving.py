@@ -42,7 +42,7 @@ class Request(BaseModel):
 
 def class_numbers(asked: list[str], classes: Sequence[str]) -> list[int]:
     """Which of the `classes` are meant, by name or number. Raises UserError where one is none of them."""
-    numbers = {name.lower(): i for i, name in enumerate(classes)} | {str(i): i for i in range(len(classes))}
+    numbers = {str(i): i for i in range(len(classes))} | {name.lower(): i for i, name in enumerate(classes)}
     for text in asked:
         if text.strip().lower() not in numbers:
             if "," in text:

@@ -9,7 +9,7 @@ import torch
 
 from ddpm import tracking
 from ddpm.distributed import Group, is_worker, joined, launch
-from ddpm.params import project_root
+from ddpm.params import UserError, project_root
 from ddpm.resume import run_folder
 
 FOLDER = "DDPM_RUN_FOLDER"  # tells the processes that a stage starts which folder it holds for them
@@ -22,6 +22,10 @@ def perform(work: Callable[[Group, Path], None], name: str, processes: int, devi
     """
     folder = project_root() / ".resume" / name
     if processes > 1 and not is_worker():
+        if device.type == "mps" or device.index is not None:
+            raise UserError(
+                f"runtime.processes: {processes} processes can't share {device}; use runtime.device: cuda or cpu, or one"
+            )
         with run_folder(folder) as held:
             os.environ[FOLDER] = str(held)
             try:
@@ -34,4 +38,4 @@ def perform(work: Callable[[Group, Path], None], name: str, processes: int, devi
         given = os.environ.get(FOLDER)
         if given is None and group.first:
             given = str(stack.enter_context(run_folder(folder)))
-        work(group, Path(group.from_first(given)))
+        work(group, folder.with_name(Path(group.from_first(given)).name))  # on another machine the path may differ

@@ -90,8 +90,9 @@ def train(
         start, train_curve, validation_curve = state["step"], state["train_curve"], state["validation_curve"]
 
     network = group.wrap(model)
-    if compile_model:  # with CUDA graphs, for one process
-        network = torch.compile(network, mode="reduce-overhead" if group.size == 1 else "default")
+    if compile_model:  # with CUDA graphs, which admit neither other processes' gradients nor those of another part
+        graphs = group.size == 1 and accumulate == 1
+        network = torch.compile(network, mode="reduce-overhead" if graphs else "default")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(p, device))
     losses, norms = torch.zeros(WINDOW, device=device), torch.zeros(WINDOW, device=device)
     saved_at = time.monotonic()

@@ -62,7 +62,7 @@ def experiment_id(uri: str) -> str | None:
 
 def without_password(uri: str) -> str:
     """To be shown: user and password left out."""
-    return re.sub(r"//[^/]*@", "//", uri)
+    return re.sub(r"//.*@", "//", uri)
 
 
 def experiment_name() -> str:
