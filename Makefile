@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: setup repro test lint bench compare report ui serve help
+.PHONY: setup repro test lint bench compare report ui serve demo help
 .DEFAULT_GOAL := help
 
 help:  ## these targets
@@ -35,6 +35,9 @@ report: $(VENV)/.runtime  ## output/report.html: the experiments on one page
 
 ui: $(VENV)/.runtime  ## the MLflow UI; prints the address of the runs
 	@python src/ui.py
+
+demo: $(VENV)/.runtime  ## garments in seconds, from the trained model that comes along: output/demo.png and .gif
+	@python src/demo.py
 
 serve: $(VENV)/.runtime  ## garments by HTTP, at http://127.0.0.1:8000, from the best model
 	@python src/serve.py

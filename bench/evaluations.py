@@ -1,34 +1,21 @@
 """Quality against network evaluations: every sampler at every budget, from the one checkpoint of the default run."""
 
-import torch
-from tqdm import tqdm
-
-from contenders import NULL_CLASS, ROOT, SAMPLE_SEED, SHAPE, guard
-from ddpm.checkpoint import load_model
+from contenders import ROOT
 from ddpm.data import load_split
-from ddpm.samplers import ImageNoise, generate
-from measure import judge, table
+from measure import drawn, judge, table
 
-BATCH = 125
 FULL = {"ddpm": (20, 50, 100, 250, 1000), "ddim": (5, 10, 20, 50, 100), "dpmpp_2m": (5, 10, 20, 50, 100)}
 SHORT = {"ddpm": (20, 50), "ddim": (5, 10, 20), "dpmpp_2m": (5, 10, 20)}
 
 
 def run(full: bool) -> dict:
-    device = torch.device("cpu")
     count = 2000 if full else 500
-    model, diffusion, *_ = load_model(ROOT / "models/diffusion_model.pth", device)
     fid = judge(load_split(ROOT / "data/FashionMNIST/raw", "train")[0])
     rows = {}
     for sampler, budgets in (FULL if full else SHORT).items():
         for steps in budgets:
-            images = []
-            for first in tqdm(range(0, count, BATCH), desc=f"{sampler} {steps}"):
-                labels = torch.arange(first, min(first + BATCH, count)) % NULL_CLASS
-                noise = ImageNoise(SAMPLE_SEED, first, len(labels), SHAPE, device)
-                *_, (x, _) = generate(model, diffusion, labels, NULL_CLASS, noise, sampler, steps, "tapered")
-                images.append(guard(sampler, x))
-            rows.setdefault(sampler, {})[str(steps)] = fid(torch.cat(images))
+            images, _ = drawn(count, sampler=sampler, steps=steps, spacing="tapered", guidance_scale=1.0)
+            rows.setdefault(sampler, {})[str(steps)] = fid(images)
             print(f"{sampler}, {steps} evaluations: fid {rows[sampler][str(steps)]:.4f}", flush=True)
     return {"samples": count, "rows": rows}
 

@@ -15,11 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-from contenders import ROOT
-from ddpm.features import extract, extract_cached, load_classifier
+from contenders import ROOT, SAMPLE_SEED, guard
+from ddpm.device import select_device
+from ddpm.features import Classifier, extract, extract_cached, load_classifier
+from ddpm.generation import Generator, batches
+from ddpm.params import load_params
 
 RESULTS = Path(__file__).parent / "results"
+MODEL = ROOT / "models/diffusion_model.pth"  # the one at hand: that of the default run, unless somebody put another there
 PACKAGES = ("torch", "diffusers", "denoising-diffusion-pytorch", "smalldiffusion", "mlflow", "dvc")
 
 
@@ -116,11 +121,28 @@ def gflop(work: Callable[[], object]) -> float:
     return counter.get_total_flops() / 1e9
 
 
+def drawn(count: int, **changes: object) -> tuple[Tensor, Tensor]:
+    """Images uint8 [N, 28, 28] of the model at hand, and their classes [N], as params.yaml says but for these changes."""
+    params = load_params(ROOT / "params.yaml")
+    p = params.sample.model_copy(update={"classes": "all", "seed": SAMPLE_SEED, "count": count, **changes})
+    generator, images, labels = Generator(MODEL, select_device(params.runtime.device)), [], []
+    generator.check(p)
+    for first, classes in tqdm(batches(generator.class_ids(p), count), unit="batch", desc=" ".join(map(str, changes.values()))):
+        *_, x = generator.walk(classes, p, first)
+        images.append(guard("this project", x))
+        labels.append(classes)
+    return torch.cat(images), torch.cat(labels)
+
+
+def evaluator() -> Classifier:
+    return load_classifier(ROOT / "models/classifier.pth")
+
+
 def judge(images: Tensor) -> Callable[[Tensor], float]:
     """What gives the FID of samples, uint8 [N, 28, 28], against the real `images`, by this project's evaluator."""
     from ddpm.metrics import fid  # what measures speed alone does without torchmetrics
 
-    device, classifier = torch.device("cpu"), load_classifier(ROOT / "models/classifier.pth")
+    device, classifier = torch.device("cpu"), evaluator()
     real, _ = extract_cached(classifier, images, device, ROOT / ".cache")
     return lambda samples: fid(extract(classifier, samples, device)[0], real)
 
@@ -128,6 +150,11 @@ def judge(images: Tensor) -> Callable[[Tensor], float]:
 def keep(part: str, result: dict) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def kept(part: str) -> dict:
+    path = RESULTS / f"{part}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def table(header: list[str], rows: list[list[object]]) -> str:

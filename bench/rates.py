@@ -1,10 +1,16 @@
 """Which learning rate suits a peer: each trains as many steps at each of three; contenders.py has the one that the others use."""
 
+import itertools
+import json
+from pathlib import Path
+
 import torch
 
 from contenders import PEERS, ROOT
 from ddpm.data import load_split
-from measure import judge, table
+from ddpm.files import write_atomic
+from ddpm.resume import fingerprint
+from measure import judge, machine, table
 from quality import BATCH, EVALUATIONS, judged, shown, step
 
 RATES = (3e-4, 1e-3, 3e-3)
@@ -12,20 +18,26 @@ STEPS, COUNT = 300, 500
 
 
 def run(full: bool) -> dict:
-    """`full` or not: an hour."""
+    """`full` or not: an hour. What was judged before an interruption is kept, and not done again."""
     images, labels = load_split(ROOT / "data/FashionMNIST/raw", "train")
-    fid, rows = judge(images), {}
-    for peer in PEERS:
-        rows[peer.name] = {}
-        for rate in RATES:
+    here, fid = Path(__file__).parent, judge(images)
+    part = (
+        ROOT / f".cache/rates-{fingerprint({'peers': machine()['versions']}, [here / 'rates.py', here / 'contenders.py'])}.json"
+    )
+    rows = json.loads(part.read_text()) if part.exists() else {}
+    for peer, rate in itertools.product(PEERS, RATES):
+        row = rows.setdefault(peer.name, {})
+        if f"{rate:g}" not in row:
             torch.manual_seed(0)
             c = peer()
             c.learning_rate = rate
             c.start(torch.device("cpu"))
             for _ in range(STEPS):
                 step(c, images, labels)
-            rows[c.name][f"{rate:g}"] = judged(c, COUNT, fid)
-            print(f"{c.name}, learning rate {rate:g}: fid {shown(rows[c.name][f'{rate:g}'])}", flush=True)
+            row[f"{rate:g}"] = judged(c, COUNT, fid)
+            write_atomic(part, json.dumps(rows).encode())
+        print(f"{peer.name}, learning rate {rate:g}: fid {shown(row[f'{rate:g}'])}", flush=True)
+    part.unlink()
     return {"steps": STEPS, "batch": BATCH, "samples": COUNT, "evaluations": EVALUATIONS, "rows": rows}
 
 

@@ -1,9 +1,11 @@
 """Stage 3, `python src/sample.py`: images from the trained model, as params.yaml's `sample` section says.
 
 Writes output/samples.npz, the grid output/generated_samples.png with a row a class, and output/denoising.{png,gif}. An
-interrupted run goes on with the batch that it was at when it is started again.
+interrupted run goes on with the batch that it was at when it is started again. By hand, `python src/sample.py FILE` draws from
+another model, such as models/pretrained/fashion_ddpm.pth.
 """
 
+import argparse
 import io
 import time
 from pathlib import Path
@@ -32,16 +34,20 @@ STRIP_ROWS, STRIP_COLUMNS, GIF_FRAMES = 10, 11, 41
 
 
 def main() -> None:
-    params = load_params()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "model", nargs="?", type=Path, default=MODEL, help=f"a file of the kind of {MODEL}, which it is by default"
+    )
+    file, params = parser.parse_args().model, load_params()
     p = params.sample
     device = select_device(params.runtime.device, deterministic=params.runtime.deterministic)
     with enough_memory(device, "close what else uses it"):
-        generator = Generator(MODEL, device)
+        generator = Generator(file, device)
         try:
             generator.check(p)
         except UserError as error:
             raise UserError(f"params.yaml: {error}") from None
-        checkpoint, name = file_sha256(MODEL), fingerprint(p.model_dump(), [*imported_source(), MODEL])
+        checkpoint, name = file_sha256(file), fingerprint(p.model_dump(), [*imported_source(), file])
 
         def work(group: Group, folder: Path) -> None:
             if group.first:

@@ -1,5 +1,7 @@
 """`make serve`: a small HTTP server that draws garments, with MLflow's champion or, without one, the model at hand.
 
+In a fresh clone, where nothing was trained, that is the one that comes along.
+
     curl -o bags.png 'http://127.0.0.1:8000/sheet?classes=Bag&count=8&seed=1'
     curl -H 'Content-Type: application/json' -d '{"classes": ["Bag", 7], "count": 4}' http://127.0.0.1:8000/images
 
@@ -18,10 +20,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from ddpm import pretrained
 from ddpm.device import select_device
 from ddpm.figures import png, sheet
 from ddpm.generation import Generator
-from ddpm.params import SampleParams, Stopped, UserError, clean_errors, explain, load_params, project_root
+from ddpm.params import SampleParams, Stopped, UserError, between, clean_errors, explain, load_params, project_root
 from ddpm.serving import Request, encoded, respond
 from ddpm.tracking import registry
 
@@ -33,14 +36,14 @@ COLUMNS = 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", nargs="?", type=Path, help=f"a file such as {MODEL}, instead of the champion")
-    parser.add_argument("--port", type=int, choices=range(1, 65536), metavar="PORT", default=PORT)
+    parser.add_argument("--port", type=between(1, 65535), default=PORT)
     options = parser.parse_args()
     with socket.socket() as probe:
         if probe.connect_ex((HOST, options.port)) == 0:
             raise UserError(f"port {options.port} is taken; choose another: python src/serve.py --port {options.port + 1}")
     params = load_params()
-    checkpoint = options.model or MODEL
-    source, sampling = str(checkpoint), params.sample
+    checkpoint = options.model or (MODEL if MODEL.exists() else pretrained.MODEL)
+    source, sampling = str(checkpoint), pretrained.sampling() if checkpoint == pretrained.MODEL else params.sample
     if options.model is None and (champion := registry.champion(project_root())):
         source, checkpoint, sampling = champion
     generator = Generator(checkpoint, select_device(params.runtime.device, deterministic=params.runtime.deterministic))

@@ -30,10 +30,10 @@ def fashion_mnist(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory, fashion_mnist) -> Path:
     """A clone with the smoke preset after `dvc repro`, all committed. Its files and its commit are to stay as they are."""
-    from test_pipeline import run, smoke_clone
+    from test_pipeline import run, smoke_clone, stages_run
 
     clone = smoke_clone(tmp_path_factory.mktemp("smoke"), fashion_mnist)
-    run(clone, "dvc", "repro")
+    assert stages_run(run(clone, "dvc", "repro")) == ["download", "train", "sample", "evaluate"]
     run(clone, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qam", "smoke run")
     return clone
 

@@ -8,9 +8,11 @@ import random
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -70,10 +72,14 @@ def smoke_clone(folder: Path, data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory, fashion_mnist: Path) -> Path:
-    """Such a clone after `dvc repro`."""
-    clone = smoke_clone(tmp_path_factory.mktemp("pipeline"), fashion_mnist)
-    assert stages_run(run(clone, "dvc", "repro")) == ["download", "train", "sample", "evaluate"]
+def clone(tmp_path_factory: pytest.TempPathFactory, smoke_run: Path) -> Path:
+    """A copy of such a clone after `dvc repro`, with an MLflow store of its own, to change at will."""
+    clone = tmp_path_factory.mktemp("pipeline") / "clone"
+    shutil.copytree(smoke_run, clone, symlinks=True)
+    with closing(sqlite3.connect(clone / "mlflow.db")) as store, store:
+        for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
+            places = (smoke_run.as_uri(), clone.as_uri())
+            store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", places)
     return clone
 
 
@@ -121,7 +127,7 @@ def test_mlflow_has_the_runs(clone: Path) -> None:
     for r in (train, sample, evaluate):
         assert r.data.params["train.model.channels"] == "[16, 32]"
         assert r.data.params["sample.steps"] == "5"
-        assert r.data.tags["mlflow.source.git.commit"] == run(clone, "git", "rev-parse", "HEAD").strip()
+        assert r.data.tags["mlflow.source.git.commit"] == run(clone, "git", "rev-parse", "HEAD~1").strip()  # HEAD has its results
 
     losses = client.get_metric_history(train.info.run_id, "train/loss")
     assert sorted(m.step for m in losses) == list(range(1, 61))
@@ -214,7 +220,6 @@ def test_two_queued_experiments_that_train_the_same_at_once(clone: Path) -> None
     ("stage", "number", "status", "last"),
     [
         ("train", signal.SIGTERM, 143, r"stopped after step \d+; the same command goes on from there"),
-        ("train", signal.SIGINT, 130, r"stopped after step \d+; the same command goes on from there"),
         ("sample", signal.SIGINT, 130, "stopped; the same command goes on"),
     ],
 )

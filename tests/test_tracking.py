@@ -471,12 +471,16 @@ def test_shipping_an_interrupted_runs_journal_keeps_what_resuming_needs(root, cl
     assert history(client, one(client, "tags.marker = 'interrupted'"), "train/loss") == [(1, 1.0), (2, 2.0)]
 
 
+NEEDED = "one folder is needed: python src/ship.py .resume/…, as the run's warning said; or an archive of such"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one folder is needed: python src/ship.py .resume/…, as the run's warning said"),
-        (["a", "b"], "one folder is needed: python src/ship.py .resume/…, as the run's warning said"),
+        ([], NEEDED),
+        (["a", "b"], NEEDED),
         (["/nowhere"], "/nowhere: holds no journal.jsonl; it has been shipped, or is another folder than the warning named"),
+        ([str(ROOT / "README.md")], f"{ROOT / 'README.md'}: no archive of runs, or damaged"),
     ],
 )
 def test_shipping_what_is_no_journal(monkeypatch, arguments, message):

@@ -1,0 +1,64 @@
+"""The classes one by one, the best and the worst, and the samples that the evaluator recognises least."""
+
+import torch
+
+from contenders import ROOT
+from ddpm.data import CLASSES, load_split
+from ddpm.features import extract, extract_cached
+from ddpm.figures import save_png, sheet
+from ddpm.metrics import fid
+from measure import drawn, evaluator, table
+
+PICTURE = ROOT / "docs/images/failures.png"
+SHOWN = 10
+
+
+def run(full: bool) -> dict:
+    of_each, raw, classifier, device = (1000 if full else 50), ROOT / "data/FashionMNIST/raw", evaluator(), torch.device("cpu")
+    (train, train_labels), (test, test_labels) = load_split(raw, "train"), load_split(raw, "test")
+    images, labels = drawn(of_each * len(CLASSES))
+    features, predicted = extract(classifier, images, device)
+    real, _ = extract_cached(classifier, train, device, ROOT / ".cache")
+    unseen, recognised = extract_cached(classifier, test, device, ROOT / ".cache")
+    wanted = probability(classifier, images, labels)
+    rows, worst = {}, []
+    for c, name in enumerate(CLASSES):
+        mine, reference, other = labels == c, real[train_labels == c], test_labels == c
+        rows[name] = {
+            "fid": fid(features[mine], reference),
+            "floor": fid(unseen[other][:of_each], reference),
+            "accuracy": (predicted[mine] == c).float().mean().item(),
+            "accuracy_real": (recognised[other] == c).float().mean().item(),
+            "taken_for": CLASSES[predicted[mine & (predicted != c)].mode().values] if (predicted[mine] != c).any() else None,
+        }
+        worst.append(images[mine][wanted[mine].argsort()[:SHOWN]])
+    if full:
+        save_png(PICTURE, sheet(torch.cat(worst), SHOWN, CLASSES))
+    return {"of_each": of_each, "rows": rows}
+
+
+@torch.inference_mode()
+def probability(classifier: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """What the classifier gives each image's own class [N]."""
+    logits = torch.cat([classifier(batch)[1] for batch in images.split(500)])
+    return logits.softmax(1).gather(1, labels[:, None])[:, 0]
+
+
+def report(result: dict) -> str:
+    ranked = sorted(result["rows"].items(), key=lambda row: row[1]["fid"] / row[1]["floor"])
+    rows = [
+        [
+            name,
+            f"{r['fid']:.3f}",
+            f"{r['fid'] / r['floor']:.1f}",
+            f"{r['accuracy']:.1%}",
+            f"{r['accuracy_real']:.1%}",
+            r["taken_for"] or "",
+        ]
+        for name, r in ranked
+    ]
+    header = ["class", "FID", "× floor", "recognised", "of real images", "else mostly taken for"]
+    return (
+        f"{table(header, rows)}\n\n{result['of_each']} samples of each class against its training images, for the floor as many "
+        "test images; the best class first."
+    )

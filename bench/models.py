@@ -1,0 +1,38 @@
+"""What publish.py made: a row a preset, and its training curve."""
+
+from measure import table
+
+NAMES = ("kid", "precision", "recall", "class_accuracy", "nearest_neighbour_ratio")
+
+
+def table_of_metrics(cards: dict[str, dict]) -> str:
+    header = ["", "FID", "× floor", "FID, five times as many", *(f"`{name}`" for name in NAMES), "parameters", "training"]
+    rows = []
+    for preset, card in cards.items():
+        m = card["metrics"]
+        rows.append([
+            f"{preset}, n = {card['samples']:,}",
+            f"{m['fid']:.4f}",
+            f"{m['fid'] / m['fid_floor']:.1f}",
+            f"{card['metrics_of_five_times_as_many_samples']['fid']:.4f}",
+            *(f"{m[name]:.4g}" for name in NAMES),
+            f"{card['parameters'] / 1e6:.1f} M",
+            f"{card['seconds']['train']:,.0f} s",
+        ])  # fmt: skip
+    return table(header, rows)
+
+
+def report(result: dict) -> str:
+    made = [f"{preset}: {c['device']}, PyTorch {c['versions']['torch']}, {c['date']}" for preset, c in result.items()]
+    return f"{table_of_metrics(result)}\n\nMade by `python bench/publish.py make OUT --preset …`. {'; '.join(made)}."
+
+
+def plot(result: dict, axes) -> None:
+    for preset, card in result.items():
+        for split, style in (("train", "-"), ("validation", "o")):
+            steps, losses = zip(*card["curves"][split], strict=True)
+            axes.loglog(steps, losses, style, linewidth=1, label=f"{preset}, {split}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.set_title("Training curve")
+    axes.legend()

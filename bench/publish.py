@@ -1,0 +1,265 @@
+"""`python bench/publish.py make OUT --preset h100 --data FOLDER`: the model that the repository carries, in one command.
+
+Made for a machine with a GPU that has neither a network nor DVC nor MLflow. In a copy of the repository it takes
+Fashion-MNIST's four .gz files from FOLDER, trains, samples, evaluates and measures, and leaves in OUT seven files: the weights
+in half precision, their card, 10 000 samples, pictures and curves, MLflow's journals, results of the bench, and a log. Started
+again after an interruption (`timeout 9m …`) it goes on; a change of the code or the preset begins anew.
+
+`python bench/publish.py take OUT`, in a checkout at home, puts all of that where the repository has it: models/pretrained,
+docs/ and bench/results.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import jinja2
+import torch
+import yaml
+
+import classes
+import run as bench
+from contenders import ROOT
+from ddpm.checkpoint import load_model
+from ddpm.files import file_sha256, serialise, write_atomic
+from ddpm.params import UserError, clean_errors
+from ddpm.resume import fingerprint
+from measure import RESULTS, keep, kept, machine
+from models import table_of_metrics
+from preset import merge
+
+COPIED = ("src", "bench", "presets", "models", "docs", "README.md", "params.yaml")
+PARTS = ["guidance", "classes", "cas"] + ["evaluations"] * torch.cuda.is_available()  # half an hour on two cores
+MODEL, PRETRAINED = Path("models/diffusion_model.pth"), Path("models/pretrained")
+METRICS = Path("output/metrics/evaluate.json")
+PICTURES = ("output/*.png", "output/*.gif", "output/plots/*.tsv")
+ENOUGH = 10_000  # samples; fewer are a trial, and not worth the time of the bench
+LIMIT = 16 << 20  # bytes of a file in OUT
+NOWHERE = "http://127.0.0.1:9"  # no MLflow is there: every run keeps its journal
+
+
+class Work:
+    """The copy of the repository, and what has been done in it: by step, its seconds over all attempts."""
+
+    def __init__(self, preset: str | None, data: Path | None, count: int):
+        settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+        if preset:
+            list(merge(settings, yaml.safe_load((ROOT / f"presets/{preset}.yaml").read_text())))
+        settings["sample"]["count"] = count
+        settings["data"]["folder"] = str(data.resolve()) if data else settings["data"]["folder"]
+        files = [path for name in ("src", "bench", "models/classifier.pth") for path in sorted(walk(ROOT / name))]
+        self.root = ROOT / ".cache" / f"publish-{fingerprint(settings, files)}"
+        if not self.root.exists():
+            half = self.root.with_suffix(".part")
+            shutil.rmtree(half, ignore_errors=True)
+            copy(ROOT, half)
+            (half / "params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+            half.rename(self.root)
+        self.settings, self.log = settings, self.root / "publish.log"
+        self.path = self.root / "done.json"
+        self.seconds, self.done = json.loads(self.path.read_text()) if self.path.exists() else ({}, [])
+
+    def step(self, name: str, *command: str) -> None:
+        """Run a program of the copy, unless that has been done; where we are stopped it is, gently, and goes on next time."""
+        if name in self.done:
+            return
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
+        environment |= {"MLFLOW_TRACKING_URI": NOWHERE, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+        self.say(f"{name}: python {' '.join(command)}")
+        began = time.monotonic()
+        with self.log.open("ab") as log:
+            process = subprocess.Popen([sys.executable, *command], cwd=self.root, env=environment, stdout=log, stderr=log)
+            try:
+                status = process.wait()
+            except BaseException:
+                process.terminate()
+                process.wait()
+                raise
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0) + time.monotonic() - began
+                self.save()
+        if status:
+            tail = self.log.read_text(errors="replace").splitlines()[-1]
+            raise UserError(f"{name} ended with status {status}: {tail}; {self.log} has the rest")
+        self.say(f"{name}: {self.seconds[name]:.1f} s")
+        self.finished(name)
+
+    def finished(self, name: str) -> None:
+        self.done.append(name)
+        self.save()
+
+    def save(self) -> None:
+        write_atomic(self.path, json.dumps([self.seconds, self.done]).encode())
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        with self.log.open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def evaluated(self, name: str, count: int) -> dict[str, float]:
+        """The metrics of that many samples of the model at hand."""
+        path = self.root / f"{name}.json"
+        if not path.exists():
+            self.settings["sample"]["count"] = count
+            (self.root / "params.yaml").write_text(yaml.safe_dump(self.settings, sort_keys=False))
+            self.step(f"{name}: sample", "src/sample.py")
+            self.step(f"{name}: evaluate", "src/evaluate.py")
+            shutil.copy(self.root / METRICS, path)
+        return json.loads(path.read_text())
+
+
+def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
+    work = Work(preset, data, count)
+    on, p = machine(), work.settings["train"]
+    work.say(f"{on['processor']}; PyTorch {on['versions']['torch']}; in {work.root}")
+    work.step("download", "src/download.py")
+    work.step("train", "src/train.py")
+    model = work.root / MODEL
+    as_trained = work.evaluated("as trained", count)
+    if "runs" not in work.done:
+        pack_runs(work.root, work.root / "runs.tar.gz")
+        work.finished("runs")
+    if "half" not in work.done:
+        content = torch.load(model, weights_only=True)
+        content["weights"] = {name: w.half() if w.is_floating_point() else w for name, w in content["weights"].items()}
+        write_atomic(model, serialise(content))
+        work.finished("half")
+    many = work.evaluated("five times as many", 5 * count)
+    metrics = work.evaluated("in half precision", count)  # last: its samples and pictures are those that stay
+    results: list[Path] = []
+    if count >= ENOUGH:
+        work.step("bench", "bench/run.py", "--full", *PARTS)
+        results = [classes.PICTURE, *(RESULTS / f"{part}.json" for part in PARTS)]
+
+    card = {
+        "preset": preset or "default",
+        "device": on["processor"],
+        "date": on["date"],
+        "commit": on["commit"],
+        "versions": {"python": on["python"], "torch": on["versions"]["torch"]},
+        "seconds": {name: round(value, 1) for name, value in work.seconds.items()},
+        "parameters": sum(w.numel() for w in torch.load(model, weights_only=True)["weights"].values()),
+        "images_seen": p["steps"] * p["batch_size"],
+        "sha256": file_sha256(model),
+        "bytes": model.stat().st_size,
+        "samples": count,
+        "metrics": metrics | json.loads((work.root / "output/metrics/train.json").read_text()),
+        "metrics_as_trained": as_trained,
+        "metrics_of_five_times_as_many_samples": many,
+        "curves": {split: curve(work.root / f"output/plots/{split}.tsv") for split in ("train", "validation")},
+        "params": {**work.settings, "data": {**work.settings["data"], "folder": None}},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copy(model, out / "fashion_ddpm.pth")
+    shutil.copy(work.root / "output/samples.npz", out)
+    shutil.copy(work.root / "runs.tar.gz", out)
+    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    pack(out / "pictures.tar.gz", work.root, [path for pattern in PICTURES for path in work.root.glob(pattern)])
+    pack(out / "results.tar.gz", work.root, [work.root / path.relative_to(ROOT) for path in results])
+    work.say(f"done in {sum(work.seconds.values()):.0f} s; all of it is in {out}")
+    shutil.copy(work.log, out)
+    for path in out.iterdir():
+        if path.stat().st_size > LIMIT:
+            print(f"warning: {path} has {path.stat().st_size:,} bytes, more than {LIMIT:,}", file=sys.stderr)
+    print(table_of_metrics({card["preset"]: card}))
+
+
+def curve(path: Path) -> list[tuple[int, float]]:
+    """Some 300 of the steps and their losses; the one before the first step apart."""
+    with path.open() as file:
+        rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file, delimiter="\t") if row["step"] != "0"]
+    return rows[:: max(1, len(rows) // 300)]
+
+
+def pack_runs(root: Path, archive: Path) -> None:
+    """The runs that wait for MLflow in the copy, oldest first, without the model itself, which git would have twice."""
+    folders = [path.parent for path in (root / ".resume").glob("unshipped-*/journal.jsonl")]
+    staged = root / "runs"
+    shutil.rmtree(staged, ignore_errors=True)
+    for n, folder in enumerate(sorted(folders, key=started)):
+        shutil.copytree(folder, staged / str(n))
+        journal = staged / str(n) / "journal.jsonl"
+        lines = [line for line in journal.read_text().splitlines() if MODEL.name not in json.loads(line).get("artifact", "")]
+        journal.write_text("".join(f"{line}\n" for line in lines))
+        for path in (staged / str(n) / "outbox").glob(f"*/{MODEL.name}"):
+            path.unlink()
+    pack(archive, staged, sorted(walk(staged)))
+
+
+def started(folder: Path) -> int:
+    """When the run in the folder began, in ms."""
+    first, *_ = (folder / "journal.jsonl").read_text().splitlines()
+    return json.loads(first)["start"]["time"]
+
+
+def copy(repository: Path, to: Path) -> None:
+    """What making a model needs of it."""
+    to.mkdir(parents=True, exist_ok=True)
+    for name in COPIED:
+        if (repository / name).is_dir():
+            shutil.copytree(repository / name, to / name)
+        else:
+            shutil.copy(repository / name, to)
+
+
+def walk(path: Path) -> list[Path]:
+    """The file, or all files of the folder; compiled ones apart."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return [file for file in files if file.is_file() and file.suffix != ".pyc"]
+
+
+def pack(archive: Path, root: Path, files: list[Path]) -> None:
+    with tarfile.open(archive, "w:gz") as tar:
+        for path in files:
+            tar.add(path, path.relative_to(root))
+
+
+def take(out: Path) -> None:
+    """Put what `make` left in OUT into this checkout."""
+    card = json.loads((out / "card.json").read_text())
+    if file_sha256(out / "fashion_ddpm.pth") != card["sha256"]:
+        raise UserError(f"{out / 'fashion_ddpm.pth'}: not the file that {out / 'card.json'} describes; copy both anew")
+    load_model(out / "fashion_ddpm.pth", torch.device("cpu"))
+    pretrained = ROOT / PRETRAINED
+    pretrained.mkdir(exist_ok=True)
+    for name in ("fashion_ddpm.pth", "card.json", "runs.tar.gz"):
+        shutil.copy(out / name, pretrained)
+    with tarfile.open(out / "results.tar.gz") as archive:
+        archive.extractall(ROOT, filter="data")
+    with tarfile.open(out / "pictures.tar.gz") as archive:
+        for name in ("generated_samples.png", "denoising.gif", "nearest_neighbours.png"):
+            (ROOT / f"docs/images/pretrained-{name}").write_bytes(archive.extractfile(f"output/{name}").read())
+    keep("models", kept("models") | {card["preset"]: card})
+    template = jinja2.Template((ROOT / "bench/card.md.j2").read_text(), keep_trailing_newline=True)
+    (pretrained / "README.md").write_text(template.render(card=card, metrics=table_of_metrics({card["preset"]: card})))
+    bench.write_pages()
+    print(f"{pretrained} has the model; `git diff --stat` shows what else is new")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    making = commands.add_parser("make", help="train, measure and pack")
+    making.add_argument("out", type=Path, metavar="OUT", help="the folder for what it makes")
+    making.add_argument("--preset", choices=sorted(path.stem for path in (ROOT / "presets").glob("*.yaml")))
+    making.add_argument("--data", type=Path, metavar="FOLDER", help="with Fashion-MNIST's .gz files; else it is downloaded")
+    making.add_argument("--count", type=int, default=ENOUGH, help="samples to judge (10000); fewer are a trial, without bench")
+    taking = commands.add_parser("take", help="put it into this checkout")
+    taking.add_argument("out", type=Path, metavar="OUT")
+    options = parser.parse_args()
+    if options.command == "make":
+        make(options.out, options.preset, options.data, options.count)
+    else:
+        take(options.out)
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        main()

@@ -1,0 +1,19 @@
+"""The trained model that comes with the repository, and how its card says that it is sampled."""
+
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ddpm.params import SampleParams, UserError
+
+FOLDER = Path("models/pretrained")
+MODEL, CARD = FOLDER / "fashion_ddpm.pth", FOLDER / "card.json"
+
+
+def sampling() -> SampleParams:
+    """As in the run that judged it. Raises UserError where the card is missing or damaged."""
+    try:
+        return SampleParams.model_validate(json.loads(CARD.read_text())["params"]["sample"])
+    except (OSError, ValueError, LookupError, ValidationError):
+        raise UserError(f"{CARD}: missing or damaged; `git checkout {CARD}` brings it back") from None

@@ -1,0 +1,150 @@
+"""The trained model that comes with the repository: what its card says of it, and what draws with it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ship
+from ddpm import pretrained
+from ddpm.data import CLASSES, to_uint8
+from ddpm.features import extract, load_classifier
+from ddpm.files import file_sha256
+from ddpm.generation import Generator, batches
+from ddpm.params import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / pretrained.FOLDER
+CARD = json.loads((ROOT / pretrained.CARD).read_text())
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What of the repository the demo needs."""
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(FOLDER, tmp_path / pretrained.FOLDER)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    return tmp_path
+
+
+def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "src/demo.py", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_the_card_is_of_this_file():
+    model = FOLDER / "fashion_ddpm.pth"
+    content = torch.load(model, weights_only=True)
+    assert (file_sha256(model), model.stat().st_size) == (CARD["sha256"], CARD["bytes"])
+    assert CARD["bytes"] <= 16 << 20
+    assert {w.dtype for w in content["weights"].values()} == {torch.float16}
+    assert sum(w.numel() for w in content["weights"].values()) == CARD["parameters"]
+    assert content["unet"]["channels"] == CARD["params"]["train"]["model"]["channels"]
+    text = (FOLDER / "README.md").read_text()
+    assert CARD["sha256"] in text
+    assert f"{CARD['metrics']['fid']:.4f}" in text
+    assert CARD["metrics"]["fid"] == pytest.approx(CARD["metrics_as_trained"]["fid"], rel=0.02)  # half precision costs nothing
+
+
+def test_it_draws_what_it_is_asked_for():
+    """By the evaluator, as often as the card says, but for the luck of 200 draws."""
+    generator = Generator(FOLDER / "fashion_ddpm.pth", CPU)
+    p = pretrained.sampling().model_copy(update={"seed": 7})
+    images, labels = [], []
+    for first, classes in batches(generator.class_ids(p), 200):
+        *_, x = generator.walk(classes, p, first)
+        images.append(to_uint8(x))
+        labels.append(classes)
+    _, predicted = extract(load_classifier(ROOT / "models/classifier.pth"), torch.cat(images), CPU)
+    assert (predicted == torch.cat(labels)).float().mean() > CARD["metrics"]["class_accuracy"] - 0.07
+
+
+def test_the_demo_draws_a_grid_and_an_animation(folder):
+    done = demo(folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "output/demo.png and output/demo.gif, by models/pretrained/fashion_ddpm.pth with seed 1\n"
+    with Image.open(folder / "output/demo.png") as grid:
+        width, height = grid.size
+    assert height > 10 * 56
+    assert width > height  # ten of a class, and its name
+    with Image.open(folder / "output/demo.gif") as animation:
+        assert animation.n_frames > 5
+        first = np.asarray(animation.convert("L")).astype(float)
+        animation.seek(animation.n_frames - 1)
+        assert first.std() > np.asarray(animation.convert("L")).std() * 0.3
+        assert abs(first - np.asarray(animation.convert("L"))).mean() > 20  # from noise to garments
+    before = (folder / "output/demo.png").read_bytes()
+
+    (folder / "params.yaml").unlink()  # it has no part in this
+    assert demo(folder).returncode == 0
+    assert (folder / "output/demo.png").read_bytes() == before
+    assert demo(folder, "--seed", "2").returncode == 0
+    assert (folder / "output/demo.png").read_bytes() != before
+    assert demo(folder, "bag", "9", "Bag").returncode == 0
+    with Image.open(folder / "output/demo.png") as grid:
+        assert 2 * 56 < grid.size[1] < 3 * 56
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--seed", "-1"], 2, "argument --seed: -1 should be a whole number from 0 to 4294967295"),
+        (["Hat"], 1, "error: classes: ['Hat'] should be a list of classes, by name or number; "),
+    ],
+)
+def test_what_it_cannot_draw_is_told_in_a_line(folder, arguments, status, message):
+    done = demo(folder, *arguments)
+    assert done.returncode == status
+    assert message in done.stderr.splitlines()[-1]
+    assert not (folder / "output").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b'{"params": {"sample": {"steps": 0}}}', b"[1]"])
+def test_a_damaged_card_is_told_in_a_line(folder, content, monkeypatch):
+    monkeypatch.chdir(folder)
+    if content is None:
+        pretrained.CARD.unlink()
+    else:
+        pretrained.CARD.write_bytes(content)
+    with pytest.raises(UserError, match=r"^models/pretrained/card.json: missing or damaged; `git checkout "):
+        pretrained.sampling()
+
+
+def test_the_sampling_stage_takes_it(folder):
+    text = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(text.replace("count: 5000", "count: 20"))
+    command = [sys.executable, "src/sample.py", pretrained.MODEL]
+    subprocess.run(command, cwd=folder, capture_output=True, check=True)
+    samples = np.load(folder / "output/samples.npz")
+    assert samples["labels"].tolist() == [*range(len(CLASSES))] * 2
+    assert samples["images"].std() > 50
+
+
+def test_its_runs_go_into_a_store_once(tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address := f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "shipped")
+    monkeypatch.setattr(ship, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ship.py", str(FOLDER / "runs.tar.gz")])
+    client = MlflowClient(address)
+    for _ in range(2):
+        ship.main()
+        experiment = client.get_experiment_by_name("shipped")
+        runs = {r.data.tags["stage"]: r for r in client.search_runs([experiment.experiment_id])}
+        assert len(client.search_runs([experiment.experiment_id])) == len(runs) == 3
+        assert {r.info.status for r in runs.values()} == {"FINISHED"}
+        train = runs["train"]
+        assert {r.data.tags.get("mlflow.parentRunId") for r in runs.values()} == {None, train.info.run_id}
+        losses = client.get_metric_history(train.info.run_id, "train/loss")
+        assert len(losses) == len({m.step for m in losses})
+        assert max(m.step for m in losses) == CARD["params"]["train"]["steps"]
+        assert train.data.metrics["eval/fid"] == pytest.approx(CARD["metrics_as_trained"]["fid"])
+    assert (FOLDER / "runs.tar.gz").exists()
