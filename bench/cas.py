@@ -4,17 +4,17 @@ import torch
 
 from contenders import ROOT
 from ddpm.data import CLASSES, load_split
-from measure import drawn, table
+from measure import published, table
 from train_classifier import blank, features_and_accuracy, train
 
 
 def run(full: bool) -> dict:
-    count, raw = (10_000 if full else 500), ROOT / "data/FashionMNIST/raw"
+    count, raw = (10_000 if full else 200), ROOT / "data/FashionMNIST/raw"
     images, labels = load_split(raw, "train")
     test_images, test_labels = load_split(raw, "test")
     chosen = torch.cat([(labels == c).nonzero()[: count // len(CLASSES), 0] for c in range(len(CLASSES))])
     accuracy = {}
-    for source, (seen, classes) in {"samples": drawn(count), "real images": (images[chosen], labels[chosen])}.items():
+    for source, (seen, classes) in {"samples": published(count), "real images": (images[chosen], labels[chosen])}.items():
         model = blank(seen, len(CLASSES))
         model.load_state_dict(train(seen, classes, len(CLASSES)).state_dict())
         _, accuracy[source] = features_and_accuracy(model.eval(), test_images, test_labels, len(CLASSES))

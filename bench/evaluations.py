@@ -1,7 +1,10 @@
 """Quality against network evaluations: every sampler at every budget, from the one checkpoint of the default run."""
 
+from pathlib import Path
+
 from contenders import ROOT
 from ddpm.data import load_split
+from ddpm.params import load_params
 from measure import drawn, judge, table
 
 FULL = {"ddpm": (20, 50, 100, 250, 1000), "ddim": (5, 10, 20, 50, 100), "dpmpp_2m": (5, 10, 20, 50, 100)}
@@ -9,12 +12,13 @@ SHORT = {"ddpm": (20, 50), "ddim": (5, 10, 20), "dpmpp_2m": (5, 10, 20)}
 
 
 def run(full: bool) -> dict:
-    count = 2000 if full else 500
+    count, sampling = 2000 if full else 500, load_params(ROOT / "params.yaml").sample
     fid = judge(load_split(ROOT / "data/FashionMNIST/raw", "train")[0])
     rows = {}
     for sampler, budgets in (FULL if full else SHORT).items():
         for steps in budgets:
-            images, _ = drawn(count, sampler=sampler, steps=steps, spacing="tapered", guidance_scale=1.0)
+            how = {"sampler": sampler, "steps": steps, "spacing": "tapered", "guidance_scale": 1.0}
+            images, _ = drawn(Path("models/diffusion_model.pth"), sampling, count, **how)
             rows.setdefault(sampler, {})[str(steps)] = fid(images)
             print(f"{sampler}, {steps} evaluations: fid {rows[sampler][str(steps)]:.4f}", flush=True)
     return {"samples": count, "rows": rows}

@@ -18,13 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from contenders import ROOT, SAMPLE_SEED, guard
+from ddpm import pretrained
 from ddpm.device import select_device
 from ddpm.features import Classifier, extract, extract_cached, load_classifier
 from ddpm.generation import Generator, batches
-from ddpm.params import load_params
+from ddpm.params import SampleParams
 
 RESULTS = Path(__file__).parent / "results"
-MODEL = ROOT / "models/diffusion_model.pth"  # the one at hand: that of the default run, unless somebody put another there
 PACKAGES = ("torch", "diffusers", "denoising-diffusion-pytorch", "smalldiffusion", "mlflow", "dvc")
 
 
@@ -32,7 +32,7 @@ def machine() -> dict:
     """What the figures depend on, but for noise."""
     describe = ["git", "describe", "--always", "--dirty"]
     has_git = shutil.which("git") is not None  # a machine lent for its GPU may not have it
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() if has_git else "?"
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() if has_git else ""
     cpu = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine()
     )
@@ -47,7 +47,7 @@ def machine() -> dict:
         "processor": ", ".join([f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads", *gpu]),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": commit,
+        "commit": commit or "?",
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -121,17 +121,21 @@ def gflop(work: Callable[[], object]) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def drawn(count: int, **changes: object) -> tuple[Tensor, Tensor]:
-    """Images uint8 [N, 28, 28] of the model at hand, and their classes [N], as params.yaml says but for these changes."""
-    params = load_params(ROOT / "params.yaml")
-    p = params.sample.model_copy(update={"classes": "all", "seed": SAMPLE_SEED, "count": count, **changes})
-    generator, images, labels = Generator(MODEL, select_device(params.runtime.device)), [], []
+def drawn(model: Path, sampling: SampleParams, count: int, **changes: object) -> tuple[Tensor, Tensor]:
+    """Images uint8 [N, 28, 28] that the model draws, and their classes [N]."""
+    p = sampling.model_copy(update={"classes": "all", "seed": SAMPLE_SEED, "count": count, **changes})
+    generator, images, labels = Generator(ROOT / model, select_device("auto")), [], []
     generator.check(p)
     for first, classes in tqdm(batches(generator.class_ids(p), count), unit="batch", desc=" ".join(map(str, changes.values()))):
         *_, x = generator.walk(classes, p, first)
         images.append(guard("this project", x))
         labels.append(classes)
     return torch.cat(images), torch.cat(labels)
+
+
+def published(count: int, **changes: object) -> tuple[Tensor, Tensor]:
+    """The same of the model that comes with the repository, as its card says but for these changes."""
+    return drawn(pretrained.MODEL, pretrained.sampling(ROOT), count, **changes)
 
 
 def evaluator() -> Classifier:

@@ -1,9 +1,10 @@
 """`python bench/publish.py make OUT --preset h100 --data FOLDER`: the model that the repository carries, in one command.
 
-Made for a machine with a GPU that has neither a network nor DVC nor MLflow. In a copy of the repository it takes
-Fashion-MNIST's four .gz files from FOLDER, trains, samples, evaluates and measures, and leaves in OUT seven files: the weights
-in half precision, their card, 10 000 samples, pictures and curves, MLflow's journals, results of the bench, and a log. Started
-again after an interruption (`timeout 9m …`) it goes on; a change of the code or the preset begins anew.
+Made for a machine with a GPU that has neither a network nor DVC nor MLflow, and of the other packages only what the stages
+import. In a copy of the repository it takes Fashion-MNIST's four .gz files from FOLDER, trains, samples, evaluates and
+measures, and leaves in OUT seven files: the weights in half precision, their card, 10 000 samples, pictures and curves,
+MLflow's journals, results of the bench, and a log. Started again after an interruption (`timeout 9m …`) it goes on; a change
+of the code or the preset begins anew.
 
 `python bench/publish.py take OUT`, in a checkout at home, puts all of that where the repository has it: models/pretrained,
 docs/ and bench/results.
@@ -11,6 +12,7 @@ docs/ and bench/results.
 
 import argparse
 import csv
+import gzip
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import jinja2
@@ -27,17 +30,20 @@ import yaml
 import classes
 import run as bench
 from contenders import ROOT
+from ddpm import pretrained
 from ddpm.checkpoint import load_model
 from ddpm.files import file_sha256, serialise, write_atomic
-from ddpm.params import UserError, clean_errors
+from ddpm.params import UserError, between, clean_errors
 from ddpm.resume import fingerprint
 from measure import RESULTS, keep, kept, machine
 from models import table_of_metrics
 from preset import merge
 
 COPIED = ("src", "bench", "presets", "models", "docs", "README.md", "params.yaml")
-PARTS = ["guidance", "classes", "cas"] + ["evaluations"] * torch.cuda.is_available()  # half an hour on two cores
-MODEL, PRETRAINED = Path("models/diffusion_model.pth"), Path("models/pretrained")
+PARTS = ("guidance", "classes", "cas")
+PRESETS = ("h100", "smoke")  # whose model knows classes
+MADE = ("fashion_ddpm.pth", "card.json", "runs.tar.gz", "samples.npz", "pictures.tar.gz", "results.tar.gz")
+MODEL = Path("models/diffusion_model.pth")
 METRICS = Path("output/metrics/evaluate.json")
 PICTURES = ("output/*.png", "output/*.gif", "output/plots/*.tsv")
 ENOUGH = 10_000  # samples; fewer are a trial, and not worth the time of the bench
@@ -53,14 +59,14 @@ class Work:
         if preset:
             list(merge(settings, yaml.safe_load((ROOT / f"presets/{preset}.yaml").read_text())))
         settings["sample"]["count"] = count
-        settings["data"]["folder"] = str(data.resolve()) if data else settings["data"]["folder"]
+        settings["data"]["folder"] = None
         files = [path for name in ("src", "bench", "models/classifier.pth") for path in sorted(walk(ROOT / name))]
+        files = [path for path in files if path.parent != RESULTS]
         self.root = ROOT / ".cache" / f"publish-{fingerprint(settings, files)}"
         if not self.root.exists():
             half = self.root.with_suffix(".part")
             shutil.rmtree(half, ignore_errors=True)
             copy(ROOT, half)
-            (half / "params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
             half.rename(self.root)
         self.settings, self.log = settings, self.root / "publish.log"
         self.path = self.root / "done.json"
@@ -91,6 +97,12 @@ class Work:
         self.say(f"{name}: {self.seconds[name]:.1f} s")
         self.finished(name)
 
+    def write_params(self, folder: Path | None = None, count: int | None = None) -> None:
+        """What the next step is to work with; nothing but the download is to know the FOLDER of this machine."""
+        self.settings["sample"]["count"] = count or self.settings["sample"]["count"]
+        content = {**self.settings, "data": {**self.settings["data"], "folder": folder and str(folder.resolve())}}
+        (self.root / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
     def finished(self, name: str) -> None:
         self.done.append(name)
         self.save()
@@ -107,8 +119,7 @@ class Work:
         """The metrics of that many samples of the model at hand."""
         path = self.root / f"{name}.json"
         if not path.exists():
-            self.settings["sample"]["count"] = count
-            (self.root / "params.yaml").write_text(yaml.safe_dump(self.settings, sort_keys=False))
+            self.write_params(count=count)
             self.step(f"{name}: sample", "src/sample.py")
             self.step(f"{name}: evaluate", "src/evaluate.py")
             shutil.copy(self.root / METRICS, path)
@@ -119,7 +130,9 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
     work = Work(preset, data, count)
     on, p = machine(), work.settings["train"]
     work.say(f"{on['processor']}; PyTorch {on['versions']['torch']}; in {work.root}")
+    work.write_params(data)
     work.step("download", "src/download.py")
+    work.write_params(count=count)
     work.step("train", "src/train.py")
     model = work.root / MODEL
     as_trained = work.evaluated("as trained", count)
@@ -133,11 +146,6 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
         work.finished("half")
     many = work.evaluated("five times as many", 5 * count)
     metrics = work.evaluated("in half precision", count)  # last: its samples and pictures are those that stay
-    results: list[Path] = []
-    if count >= ENOUGH:
-        work.step("bench", "bench/run.py", "--full", *PARTS)
-        results = [classes.PICTURE, *(RESULTS / f"{part}.json" for part in PARTS)]
-
     card = {
         "preset": preset or "default",
         "device": on["processor"],
@@ -154,13 +162,20 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
         "metrics_as_trained": as_trained,
         "metrics_of_five_times_as_many_samples": many,
         "curves": {split: curve(work.root / f"output/plots/{split}.tsv") for split in ("train", "validation")},
-        "params": {**work.settings, "data": {**work.settings["data"], "folder": None}},
+        "params": work.settings,
     }
+    (work.root / pretrained.FOLDER).mkdir(exist_ok=True)
+    shutil.copy(model, work.root / pretrained.MODEL)
+    (work.root / pretrained.CARD).write_text(json.dumps(card, indent=1) + "\n")
+    results: list[Path] = []
+    if count == ENOUGH:
+        for part in PARTS:
+            work.step(f"bench: {part}", "bench/run.py", "--full", part)
+        results = [classes.PICTURE, *(RESULTS / f"{part}.json" for part in PARTS)]
+
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copy(model, out / "fashion_ddpm.pth")
-    shutil.copy(work.root / "output/samples.npz", out)
-    shutil.copy(work.root / "runs.tar.gz", out)
-    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    for path in (pretrained.MODEL, pretrained.CARD, "output/samples.npz", "runs.tar.gz"):
+        shutil.copy(work.root / path, out)
     pack(out / "pictures.tar.gz", work.root, [path for pattern in PICTURES for path in work.root.glob(pattern)])
     pack(out / "results.tar.gz", work.root, [work.root / path.relative_to(ROOT) for path in results])
     work.say(f"done in {sum(work.seconds.values()):.0f} s; all of it is in {out}")
@@ -222,15 +237,22 @@ def pack(archive: Path, root: Path, files: list[Path]) -> None:
 
 
 def take(out: Path) -> None:
-    """Put what `make` left in OUT into this checkout."""
-    card = json.loads((out / "card.json").read_text())
+    """Put what `make` left in OUT into this checkout. Raises UserError, and changes nothing, where it isn't whole."""
+    if missing := [name for name in MADE if not (out / name).is_file()]:
+        raise UserError(f"{out}: lacks {', '.join(missing)}; `make` leaves it there")
+    try:
+        card = json.loads((out / "card.json").read_text())
+        for name in MADE[-2:]:
+            gzip.decompress((out / name).read_bytes())
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{out}: damaged ({error}); copy it anew") from None
     if file_sha256(out / "fashion_ddpm.pth") != card["sha256"]:
         raise UserError(f"{out / 'fashion_ddpm.pth'}: not the file that {out / 'card.json'} describes; copy both anew")
     load_model(out / "fashion_ddpm.pth", torch.device("cpu"))
-    pretrained = ROOT / PRETRAINED
-    pretrained.mkdir(exist_ok=True)
-    for name in ("fashion_ddpm.pth", "card.json", "runs.tar.gz"):
-        shutil.copy(out / name, pretrained)
+    folder = ROOT / pretrained.FOLDER
+    folder.mkdir(exist_ok=True)
+    for name in MADE[:3]:
+        shutil.copy(out / name, folder)
     with tarfile.open(out / "results.tar.gz") as archive:
         archive.extractall(ROOT, filter="data")
     with tarfile.open(out / "pictures.tar.gz") as archive:
@@ -238,9 +260,9 @@ def take(out: Path) -> None:
             (ROOT / f"docs/images/pretrained-{name}").write_bytes(archive.extractfile(f"output/{name}").read())
     keep("models", kept("models") | {card["preset"]: card})
     template = jinja2.Template((ROOT / "bench/card.md.j2").read_text(), keep_trailing_newline=True)
-    (pretrained / "README.md").write_text(template.render(card=card, metrics=table_of_metrics({card["preset"]: card})))
+    (folder / "README.md").write_text(template.render(card=card, metrics=table_of_metrics({card["preset"]: card})))
     bench.write_pages()
-    print(f"{pretrained} has the model; `git diff --stat` shows what else is new")
+    print(f"{folder} has the model; `git diff --stat` shows what else is new")
 
 
 def main() -> None:
@@ -248,9 +270,11 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make", help="train, measure and pack")
     making.add_argument("out", type=Path, metavar="OUT", help="the folder for what it makes")
-    making.add_argument("--preset", choices=sorted(path.stem for path in (ROOT / "presets").glob("*.yaml")))
+    making.add_argument("--preset", choices=PRESETS)
     making.add_argument("--data", type=Path, metavar="FOLDER", help="with Fashion-MNIST's .gz files; else it is downloaded")
-    making.add_argument("--count", type=int, default=ENOUGH, help="samples to judge (10000); fewer are a trial, without bench")
+    making.add_argument(
+        "--count", type=between(10, ENOUGH), default=ENOUGH, help="samples (10000); fewer are a trial, without bench"
+    )
     taking = commands.add_parser("take", help="put it into this checkout")
     taking.add_argument("out", type=Path, metavar="OUT")
     options = parser.parse_args()

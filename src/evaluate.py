@@ -39,7 +39,7 @@ def main() -> None:
     device = select_device(params.runtime.device, tf32=False, deterministic=params.runtime.deterministic)
     path = Path(params.evaluate.classifier)
     classifier = load_classifier(path, params.data.name)
-    images, labels = load_samples(SAMPLES)
+    images, labels, checkpoint = load_samples(SAMPLES)
     data = load_data(params.data.name).thinned(REFERENCES)
     if images.shape[1:] != data.images.shape[1:]:
         raise UserError(f"{SAMPLES}: images are {sizes(images)}, {params.data.name}'s {sizes(data.images)}; {ANEW}")
@@ -51,7 +51,7 @@ def main() -> None:
 
     def work(group: Group, folder: Path) -> None:
         if group.first:
-            track_evaluation(params, device, classifier, data, images, labels, folder, group)
+            track_evaluation(params, device, classifier, data, images, labels, checkpoint, folder, group)
         else:
             features(classifier, images, data, device, group)
 
@@ -78,14 +78,14 @@ def track_evaluation(
     data: Data,
     images: Tensor,
     labels: Tensor,
+    checkpoint: str | None,
     folder: Path,
     group: Group,
 ) -> None:
     """Judge the samples, write the outputs, and log it all as one MLflow run."""
     root, required, path = project_root(), params.runtime.require_mlflow, Path(params.evaluate.classifier)
     model = MODEL.read_bytes() if MODEL.exists() else None  # at once: it may be replaced meanwhile
-    checkpoint = None if model is None else sha256(model)
-    vouched_for = model is not None and drawn_from(model, params.sample)
+    vouched_for = model is not None and sha256(model) == checkpoint and drawn_from(model, params.sample)
     with tracking.start_run("evaluate", params.model_dump(), root, folder, str(device), required, checkpoint) as run:
         run.tags({"samples": len(images), "samples_md5": file_md5(SAMPLES), "evaluator_sha256": file_sha256(path)})
         (samples, predicted), (train, _), (test, test_predicted) = features(classifier, images, data, device, group)
@@ -139,11 +139,15 @@ def sizes(images: Tensor) -> str:
     return "×".join(map(str, images.shape[1:]))
 
 
-def load_samples(path: Path) -> tuple[Tensor, Tensor]:
-    """Images uint8 [N, H, H] or [N, H, H, 3] and labels int64 [N], -1 for no class. Raises UserError if the file isn't that."""
+def load_samples(path: Path) -> tuple[Tensor, Tensor, str | None]:
+    """Images uint8 [N, H, H] or [N, H, H, 3], labels int64 [N], -1 for no class, and the model's SHA-256 if it is known.
+
+    Raises UserError if the file isn't that.
+    """
     try:
         with np.load(path) as archive:
             images, labels = torch.from_numpy(archive["images"]), torch.from_numpy(archive["labels"])
+            checkpoint = str(archive["checkpoint_sha256"]) if "checkpoint_sha256" in archive else None
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; `dvc repro sample` makes it") from None
     except Exception:  # zipfile, zlib and numpy's header parser each have their own for a changed byte
@@ -151,7 +155,7 @@ def load_samples(path: Path) -> tuple[Tensor, Tensor]:
     kinds = (images.dtype, labels.dtype)
     if kinds != (torch.uint8, torch.int64) or len(images.shape) not in (3, 4) or labels.shape != images.shape[:1]:
         raise UserError(f"{path}: images must be uint8 [N, H, H] or [N, H, H, 3] with N int64 labels; {ANEW}")
-    return images, labels
+    return images, labels, checkpoint
 
 
 def class_balanced(pool: Tensor, labels: Tensor, draw: int) -> Tensor | None:

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from ddpm.files import write_atomic
 from ddpm.params import UserError, clean_errors, load_params, parse_params
 
@@ -24,6 +22,8 @@ def main() -> None:
     names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
     if len(sys.argv) != 2 or sys.argv[1] not in names:
         raise UserError(f"usage: python src/preset.py {'|'.join(names)}")
+    from ruamel.yaml import YAML  # `merge` does without
+
     load_params(PARAMS)  # a fault of the user's own is named before a preset hides it
     yaml = YAML()  # the round-trip kind: comments, order and the way of writing stay
     yaml.width = 200

@@ -61,12 +61,13 @@ def main() -> None:
 def track_sampling(params: Params, generator: Generator, checkpoint: str, folder: Path, group: Group) -> None:
     """Draw the images, write the outputs, and log it all as one MLflow run."""
     p, root, required, where = params.sample, project_root(), params.runtime.require_mlflow, str(generator.device)
-    with tracking.start_run("sample", params.model_dump(), root, folder, where, required, checkpoint) as run:
+    told = params.model_dump(exclude=None if generator.checkpoint == MODEL else {"train"})  # which is not of another model
+    with tracking.start_run("sample", told, root, folder, where, required, checkpoint) as run:
         began = time.monotonic()
         images, history, drawn = draw(generator, p, folder, group)
         seconds = time.monotonic() - began
         start = ImageNoise(p.seed, 0, len(history[0]), generator.image_shape, torch.device("cpu"))()  # as the first batch drew it
-        write_outputs(images, [to_uint8(start), *history], generator, p)
+        write_outputs(images, [to_uint8(start), *history], generator, p, checkpoint)
         run.metrics(0, {"sample/seconds": seconds, "sample/images_per_second": drawn / seconds})
         for path in ("generated_samples.png", "denoising.png", "denoising.gif"):
             run.artifact(OUTPUT / path)
@@ -102,12 +103,16 @@ def draw(generator: Generator, p: SampleParams, folder: Path, group: Group = ALO
     return (gathered, history, drawn.sum().item()) if group.first else None
 
 
-def write_outputs(images: Tensor, history: list[Tensor], generator: Generator, p: SampleParams) -> None:
-    """`history`: the first images, uint8 [n, …], before the first network evaluation and after each."""
+def write_outputs(images: Tensor, history: list[Tensor], generator: Generator, p: SampleParams, checkpoint: str) -> None:
+    """`history`: the first images, uint8 [n, …], before the first network evaluation and after each.
+
+    The archive says by its SHA-256 which `checkpoint` drew them.
+    """
     classes = generator.class_ids(p)
     archive = io.BytesIO()
     labels = torch.cat([labels for _, labels in batches(classes, p.count)])
-    np.savez_compressed(archive, images=images.numpy(), labels=labels.masked_fill(labels == generator.null_class, -1).numpy())
+    labels = labels.masked_fill(labels == generator.null_class, -1)
+    np.savez_compressed(archive, images=images.numpy(), labels=labels.numpy(), checkpoint_sha256=checkpoint)
     write_atomic(OUTPUT / "samples.npz", archive.getvalue())
 
     named = generator.null_class not in classes

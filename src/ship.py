@@ -4,9 +4,12 @@ FOLDER, under `.resume/`, is what the run's warning named. `python src/ship.py m
 the model that comes with the repository, out of an archive of such folders. What MLflow has already it doesn't take twice.
 """
 
+import gzip
+import io
 import sys
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 
 from ddpm.params import UserError, clean_errors, project_root
@@ -22,9 +25,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         try:
-            with tarfile.open(path) as archive:
+            content = gzip.decompress(path.read_bytes())  # as a whole: its checksum is at the end
+            with tarfile.open(fileobj=io.BytesIO(content)) as archive:
                 archive.extractall(folder, filter="data")
-        except (OSError, EOFError, tarfile.TarError):
+        except (OSError, EOFError, zlib.error, tarfile.TarError):
             raise UserError(f"{path}: no archive of runs, or damaged") from None
         for run in sorted(Path(folder).iterdir()):
             ship_folder(run)

@@ -9,8 +9,9 @@ import torch
 
 import quality
 from contenders import NULL_CLASS, PEERS, SHAPE, Contender, Ours, guard, unet2d
+from ddpm.data import load_split
 from measure import gflop
-from run import PAGES, RESULTS, TOLD, filled
+from run import PAGES, PARTS, RESULTS, TOLD, filled
 from twin import Twin
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +105,22 @@ def test_a_page_has_places_for_parts_alone_and_shows_the_pictures_that_are_there
         text = page.read_text()
         assert sorted(re.findall(r"<!-- (\w+) -->", text)) == places
         assert [path for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) if not (page.parent / path).exists()] == []
+
+
+@pytest.mark.parametrize("part", ["guidance", "classes", "cas"])
+def test_the_published_model_is_measured(part, fashion_mnist, monkeypatch):
+    """In the short form; `load_split` takes what there is in place of what a default run leaves."""
+    module = PARTS[part]
+    monkeypatch.setattr(module, "load_split", lambda _, split: load_split(fashion_mnist, split))
+    result = module.run(False)
+    assert "nan" not in module.report(result)
+    if part == "guidance":
+        weak, strong = result["rows"]["1.0"], result["rows"]["2.0"]
+        assert strong["class_accuracy"] > weak["class_accuracy"]
+    elif part == "classes":
+        assert all(row["fid"] > row["floor"] for row in result["rows"].values())
+    else:
+        assert all(0.15 < value < 0.9 for value in result["accuracy"].values())
 
 
 def test_a_part_takes_its_place_and_leaves_the_rest(tmp_path):

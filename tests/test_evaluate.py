@@ -65,7 +65,8 @@ LABELS = np.arange(20) % 11 - 1
 
 def test_samples_come_back_as_they_were_saved(tmp_path):
     np.savez_compressed(tmp_path / "samples.npz", images=IMAGES, labels=LABELS)
-    images, labels = load_samples(tmp_path / "samples.npz")
+    images, labels, checkpoint = load_samples(tmp_path / "samples.npz")
+    assert checkpoint is None
     assert images.dtype == torch.uint8 and np.array_equal(images.numpy(), IMAGES)
     assert labels.dtype == torch.int64 and np.array_equal(labels.numpy(), LABELS)
 
@@ -149,7 +150,7 @@ def test_a_changed_byte_of_the_samples_is_noticed_or_harmless(tmp_path):
         spoilt[position] ^= int(generator.integers(1, 256))
         path.write_bytes(spoilt)
         try:
-            images, labels = load_samples(path)
+            images, labels, _ = load_samples(path)
         except UserError as error:
             assert MADE_ANEW in str(error)
             noticed += 1

@@ -145,6 +145,14 @@ def image_folder(**images: Image.Image | bytes | None):
     return apply
 
 
+def test_the_data_set_s_own_folder_is_not_taken_and_stays(workspace):
+    mnist(raw := workspace / "data/mine/raw", packed=False)
+    before = {path: path.read_bytes() for path in raw.iterdir()}
+    with pytest.raises(UserError, match=r"is where the data set will be; move it elsewhere first$"):
+        take_folder(raw, Path("data/mine/raw"))
+    assert {path: path.read_bytes() for path in raw.iterdir()} == before
+
+
 FAULTS = [
     (lambda folder: None, "data.folder: {folder}: there is no such folder"),
     (

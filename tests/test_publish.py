@@ -18,7 +18,7 @@ import publish
 from ddpm.files import file_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
-ABSENT = ("dvc", "mlflow", "diffusers", "denoising_diffusion_pytorch", "smalldiffusion")
+ABSENT = ("dvc", "mlflow", "ruamel", "fastapi", "diffusers", "denoising_diffusion_pytorch", "smalldiffusion")
 
 pytestmark = pytest.mark.pipeline
 

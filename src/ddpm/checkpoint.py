@@ -13,6 +13,7 @@ from ddpm.params import UserError
 from ddpm.unet import UNet
 
 MADE_BY = "dvc repro train"
+PRETRAINED = Path("models/pretrained/fashion_ddpm.pth")  # comes with the repository
 
 
 def save_model(
@@ -29,14 +30,15 @@ def load_model(path: Path, device: torch.device) -> tuple[UNet, Diffusion, float
 
     Raises UserError if the file is missing, damaged, not a model, or its weights don't fit the network that it describes.
     """
-    content = load_tensors(path, {"weights", "unet", "diffusion", "label_dropout"}, MADE_BY)
+    made_by = f"git checkout {PRETRAINED}" if path == PRETRAINED else MADE_BY
+    content = load_tensors(path, {"weights", "unet", "diffusion", "label_dropout"}, made_by)
     try:
         model, diffusion = UNet(**content["unet"]), Diffusion(**content["diffusion"])
         model.load_state_dict(content["weights"])
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{path}: its weights are not those of the network that it describes ({reason}); `{MADE_BY}` makes it anew"
+            f"{path}: its weights are not those of the network that it describes ({reason}); `{made_by}` makes it anew"
         ) from None
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return model, diffusion.to(device), content["label_dropout"], content.get("classes", list(CLASSES))

@@ -153,7 +153,7 @@ def launch(count: int) -> None:
         stopped = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM)  # as all are where one has failed
         rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode in stopped, item[1].timestamp))
         if failure.exitcode in stopped:
-            raise Stopped(failure.exitcode % 128, f"stopped; {AGAIN}") from None
+            raise Stopped(abs(failure.exitcode) % 128, f"stopped; {AGAIN}") from None
         if failure.exitcode > 0:
             sys.exit(failure.exitcode)
         if rank == 0:

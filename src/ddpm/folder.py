@@ -30,6 +30,8 @@ def take_folder(folder: Path, raw: Path) -> None:
     """
     if not folder.is_dir():
         raise UserError(f"data.folder: {folder}: there is no such folder")
+    if folder.resolve() == raw.resolve():
+        raise UserError(f"data.folder: {folder}: is where the data set will be; move it elsewhere first")
     take = _take_mnist if list(folder.glob(f"{TRAIN}-images?idx*")) else _take_images
     for old in (raw / CLASSES_FILE, *raw.glob("*-ubyte")):  # the list of classes comes last: without it there is no data set
         old.unlink(missing_ok=True)

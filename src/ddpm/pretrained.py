@@ -5,15 +5,15 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from ddpm.checkpoint import PRETRAINED
 from ddpm.params import SampleParams, UserError
 
-FOLDER = Path("models/pretrained")
-MODEL, CARD = FOLDER / "fashion_ddpm.pth", FOLDER / "card.json"
+FOLDER, MODEL, CARD = PRETRAINED.parent, PRETRAINED, PRETRAINED.with_name("card.json")
 
 
-def sampling() -> SampleParams:
+def sampling(root: Path = Path()) -> SampleParams:
     """As in the run that judged it. Raises UserError where the card is missing or damaged."""
     try:
-        return SampleParams.model_validate(json.loads(CARD.read_text())["params"]["sample"])
+        return SampleParams.model_validate(json.loads((root / CARD).read_text())["params"]["sample"])
     except (OSError, ValueError, LookupError, ValidationError):
         raise UserError(f"{CARD}: missing or damaged; `git checkout {CARD}` brings it back") from None
