@@ -60,5 +60,5 @@ def report(result: dict) -> str:
     header = ["class", "FID", "× floor", "recognised", "of real images", "else mostly taken for"]
     return (
         f"{table(header, rows)}\n\n{result['of_each']} samples of each class against its training images, for the floor as many "
-        "test images; the best class first."
+        "test images; the class with the smallest multiple of its floor first."
     )

@@ -174,19 +174,6 @@ def test_forced_repro_gives_the_same_bytes(clone: Path) -> None:
     assert (clone / "dvc.lock").read_text() == before
 
 
-def test_temporary_experiment_lands_in_the_main_store(clone: Path) -> None:
-    run(clone, "dvc", "exp", "run", "--temp", "-n", "swift-otter", "-S", "train.seed=7")
-    newest = mlflow_runs(clone, "evaluate")[-1]
-    assert newest.data.tags["dvc_exp_name"] == "swift-otter"
-    assert newest.data.params["train.seed"] == "7"
-    assert newest.info.artifact_uri.startswith((clone / "mlartifacts").as_uri())
-    parent = mlflow_runs(clone, "train")[-1]
-    assert newest.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    table = json.loads(run(clone, "dvc", "exp", "show", "--json"))
-    shown = [e["name"] for revision in table for e in revision["experiments"] or []]
-    assert "swift-otter" in shown
-
-
 def test_two_queued_experiments_that_train_the_same_at_once(clone: Path) -> None:
     """Neither goes on from the other's states, and one MLflow store has all of both."""
     from dvc.repo import Repo

@@ -55,6 +55,15 @@ def named(clone: Path, stage: str, name: str):
     return found
 
 
+def test_temporary_experiments_land_in_the_main_store(clone: Path, shown: dict) -> None:
+    assert {"few-steps", "sigmoid"} <= shown.keys()
+    evaluation, training = named(clone, "evaluate", "sigmoid"), named(clone, "train", "sigmoid")
+    assert evaluation.data.tags["dvc_exp_name"] == "sigmoid"
+    assert evaluation.data.params["train.steps"] == "90"
+    assert evaluation.data.tags["mlflow.parentRunId"] == training.info.run_id
+    assert evaluation.info.artifact_uri.startswith((clone / "mlartifacts").as_uri())
+
+
 def test_the_comparison_has_them_all_the_best_first(clone: Path, shown: dict) -> None:
     lines = run(clone, sys.executable, "src/compare.py").splitlines()
     assert max(map(len, lines)) <= 100
