@@ -19,7 +19,7 @@ def table_of_metrics(cards: dict[str, dict]) -> str:
             f"{card['parameters'] / 1e6:.1f} M",
             f"{card['seconds']['train']:,.0f} s",
         ])  # fmt: skip
-    return table(header, rows)
+    return f"{table(header, rows)}\n\nMultiples compare at the same n only: more samples lower the floor more than the FID."
 
 
 def report(result: dict) -> str:
