@@ -16,7 +16,7 @@ from ddpm.data import to_uint8
 from ddpm.device import select_device
 from ddpm.figures import save_gif, save_png, sheet
 from ddpm.generation import Generator, batches
-from ddpm.params import between, clean_errors
+from ddpm.params import UserError, between, clean_errors
 from ddpm.pretrained import MODEL, sampling
 from ddpm.samplers import ImageNoise
 from ddpm.serving import class_numbers
@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("classes", nargs="*", metavar="CLASS", help="by name or number; all of them where none is given")
     parser.add_argument("--seed", type=between(0, 2**32 - 1), default=1, help="other garments (1)")
     options = parser.parse_args()
+    if not MODEL.exists() and not Path("models").is_dir():
+        raise UserError(f"{MODEL}: there is no such file here; run from the repository's root")
     generator = Generator(MODEL, select_device("auto"))
     classes = sorted(set(class_numbers(options.classes, generator.classes))) or "all"
     p = sampling().model_copy(update={"classes": classes, "seed": options.seed})

@@ -25,6 +25,7 @@ from ddpm.serving import Request, class_numbers, respond
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLING = load_params(ROOT / "params.yaml").sample
 BAD = [  # of a query, and what is said of it
+    ("classes=T-shirt", "classes: ['T-shirt'] should be a list of classes, by name or number; did you mean T-shirt/top?"),
     ("classes=Bagg", "classes: ['Bagg'] should be a list of classes, by name or number; did you mean Bag?"),
     ("classes=10", "classes: ['10'] should be a list of classes, by name or number; "),
     ("classes=", "classes: [''] should be a list of classes, by name or number; there are T-shirt/top, Trouser, "),

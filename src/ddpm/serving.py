@@ -47,7 +47,9 @@ def class_numbers(asked: list[str], classes: Sequence[str]) -> list[int]:
         if text.strip().lower() not in numbers:
             if "," in text:
                 hint = "one in each"
-            elif close := difflib.get_close_matches(text.lower(), numbers, n=1):
+            elif len(begun := [name for name in numbers if name.startswith(text.strip().lower())]) == 1:
+                hint = f"did you mean {classes[numbers[begun[0]]]}?"
+            elif not text.strip().isdecimal() and (close := difflib.get_close_matches(text.lower(), numbers, n=1)):
                 hint = f"did you mean {classes[numbers[close[0]]]}?"
             else:
                 hint = f"there are {', '.join(classes)}" if classes else "the model knows none"
