@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from ddpm.checkpoint import PRETRAINED
 from ddpm.params import SampleParams, UserError
 
@@ -15,5 +13,5 @@ def sampling(root: Path = Path()) -> SampleParams:
     """As in the run that judged it. Raises UserError where the card is missing or damaged."""
     try:
         return SampleParams.model_validate(json.loads((root / CARD).read_text())["params"]["sample"])
-    except (OSError, ValueError, LookupError, ValidationError):
+    except (OSError, ValueError, LookupError, TypeError):  # pydantic raises ValueError
         raise UserError(f"{CARD}: missing or damaged; `git checkout {CARD}` brings it back") from None
