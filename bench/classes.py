@@ -20,7 +20,7 @@ def run(full: bool) -> dict:
     features, predicted = extract(classifier, images, device)
     real, _ = extract_cached(classifier, train, device, ROOT / ".cache")
     unseen, recognised = extract_cached(classifier, test, device, ROOT / ".cache")
-    wanted = probability(classifier, images, labels)
+    wanted = classifier.head(features).softmax(1).gather(1, labels[:, None])[:, 0]  # the probability of its own class
     rows, worst = {}, []
     for c, name in enumerate(CLASSES):
         mine, reference, other = labels == c, real[train_labels == c], test_labels == c
@@ -35,13 +35,6 @@ def run(full: bool) -> dict:
     if full:
         save_png(PICTURE, sheet(torch.cat(worst), SHOWN, CLASSES))
     return {"of_each": of_each, "rows": rows}
-
-
-@torch.inference_mode()
-def probability(classifier: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """What the classifier gives each image's own class [N]."""
-    logits = torch.cat([classifier(batch)[1] for batch in images.split(500)])
-    return logits.softmax(1).gather(1, labels[:, None])[:, 0]
 
 
 def report(result: dict) -> str:

@@ -4,9 +4,9 @@ import torch
 
 from contenders import ROOT
 from ddpm.data import load_split
-from ddpm.features import extract
-from ddpm.metrics import prdc
-from measure import evaluator, judge, published, table
+from ddpm.features import extract, extract_cached
+from ddpm.metrics import fid, prdc
+from measure import evaluator, published, table
 
 SCALES = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 COLUMNS = ("fid", "precision", "recall", "class_accuracy")
@@ -15,7 +15,7 @@ COLUMNS = ("fid", "precision", "recall", "class_accuracy")
 def run(full: bool) -> dict:
     count, scales = (2000, SCALES) if full else (200, (1.0, 2.0))
     raw, device, classifier = ROOT / "data/FashionMNIST/raw", torch.device("cpu"), evaluator()
-    fid = judge(load_split(raw, "train")[0])
+    train, _ = extract_cached(classifier, load_split(raw, "train")[0], device, ROOT / ".cache")
     real, _ = extract(classifier, load_split(raw, "test")[0][:count], device)
     rows = {}
     for scale in scales:
@@ -23,7 +23,7 @@ def run(full: bool) -> dict:
         features, predicted = extract(classifier, images, device)
         shares = prdc(features, real)
         rows[str(scale)] = {
-            "fid": fid(images),
+            "fid": fid(features, train),
             "precision": shares["precision"],
             "recall": shares["recall"],
             "class_accuracy": (predicted == labels).float().mean().item(),

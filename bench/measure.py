@@ -156,9 +156,9 @@ def keep(part: str, result: dict) -> None:
     (RESULTS / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def kept(part: str) -> dict:
+def kept(part: str) -> dict | None:
     path = RESULTS / f"{part}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def table(header: list[str], rows: list[list[object]]) -> str:

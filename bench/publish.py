@@ -42,7 +42,7 @@ from preset import merge
 COPIED = ("src", "bench", "presets", "models", "docs", "README.md", "params.yaml")
 PARTS = ("guidance", "classes", "cas")
 PRESETS = ("h100", "smoke")  # whose model knows classes
-MADE = ("fashion_ddpm.pth", "card.json", "runs.tar.gz", "samples.npz", "pictures.tar.gz", "results.tar.gz")
+MADE = (pretrained.MODEL.name, pretrained.CARD.name, "runs.tar.gz", "samples.npz", "pictures.tar.gz", "results.tar.gz")
 MODEL = Path("models/diffusion_model.pth")
 METRICS = Path("output/metrics/evaluate.json")
 PICTURES = ("output/*.png", "output/*.gif", "output/plots/*.tsv")
@@ -258,7 +258,7 @@ def take(out: Path) -> None:
     with tarfile.open(out / "pictures.tar.gz") as archive:
         for name in ("generated_samples.png", "denoising.gif", "nearest_neighbours.png"):
             (ROOT / f"docs/images/pretrained-{name}").write_bytes(archive.extractfile(f"output/{name}").read())
-    keep("models", kept("models") | {card["preset"]: card})
+    keep("models", (kept("models") or {}) | {card["preset"]: card})
     template = jinja2.Template((ROOT / "bench/card.md.j2").read_text(), keep_trailing_newline=True)
     (folder / "README.md").write_text(template.render(card=card, metrics=table_of_metrics({card["preset"]: card})))
     bench.write_pages()

@@ -21,9 +21,8 @@ def run(full: bool) -> dict:
     """`full` or not: an hour. What was judged before an interruption is kept, and not done again."""
     images, labels = load_split(ROOT / "data/FashionMNIST/raw", "train")
     here, fid = Path(__file__).parent, judge(images)
-    part = (
-        ROOT / f".cache/rates-{fingerprint({'peers': machine()['versions']}, [here / 'rates.py', here / 'contenders.py'])}.json"
-    )
+    of = fingerprint(machine()["versions"], [here / "rates.py", here / "contenders.py"])
+    part = ROOT / f".cache/rates-{of}.json"
     rows = json.loads(part.read_text()) if part.exists() else {}
     for peer, rate in itertools.product(PEERS, RATES):
         row = rows.setdefault(peer.name, {})

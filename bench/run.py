@@ -7,7 +7,6 @@ does the latter.
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -28,11 +27,11 @@ import seeds
 import step
 import throughput
 from contenders import ROOT
-from measure import RESULTS, keep, machine
+from measure import keep, kept, machine
 
 SHORT = {"throughput": throughput, "step": step, "growth": growth, "evaluations": evaluations, "quality": quality}
-OF_THE_MODEL = {"guidance": guidance, "classes": classes, "cas": cas}
-PARTS = SHORT | OF_THE_MODEL | {"scale": scale, "rates": rates, "seeds": seeds, "ablations": ablations}
+PARTS = SHORT | {"guidance": guidance, "classes": classes, "cas": cas}
+PARTS |= {"scale": scale, "rates": rates, "seeds": seeds, "ablations": ablations}
 TOLD = PARTS | {"models": models}  # what publish.py has measured
 PAGES = [ROOT / page for page in ("docs/RESULTS.md", "docs/OPERATIONS.md", "README.md")]
 PICTURES = ROOT / "docs/images"
@@ -69,8 +68,7 @@ def write_pages() -> None:
     for name, part in TOLD.items():
         if not any(f"<!-- {name} -->" in page.read_text() for page in PAGES):
             sys.exit(f"no page has a place for {name} (<!-- {name} --> … <!-- /{name} -->)")
-        path = RESULTS / f"{name}.json"
-        result = json.loads(path.read_text()) if path.exists() else None
+        result = kept(name)
         if result and hasattr(part, "plot"):
             figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
             part.plot(result, axes)

@@ -1,6 +1,5 @@
 """The bench's own pieces: that its comparison is between equals, that garbage stops it, and that the page is its figures."""
 
-import json
 import re
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import torch
 import quality
 from contenders import NULL_CLASS, PEERS, SHAPE, Contender, Ours, guard, unet2d
 from ddpm.data import load_split
-from measure import gflop
-from run import PAGES, PARTS, RESULTS, TOLD, filled
+from measure import RESULTS, gflop, kept
+from run import PAGES, PARTS, TOLD, filled
 from twin import Twin
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,8 +92,7 @@ MEASURED = sorted(path.stem for path in RESULTS.glob("*.json"))
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("part", TOLD)
 def test_the_pages_hold_the_figures_that_were_measured(part, page):
-    path = RESULTS / f"{part}.json"
-    result = json.loads(path.read_text()) if path.exists() else None
+    result = kept(part)
     assert filled(page, part, result) == page.read_text()
     assert result is None or part == "models" or result["full"]
 

@@ -13,16 +13,15 @@ from PIL import Image
 
 import ship
 from ddpm import pretrained
-from ddpm.data import CLASSES, to_uint8
-from ddpm.features import extract, load_classifier
+from ddpm.data import CLASSES
+from ddpm.features import extract
 from ddpm.files import file_sha256
-from ddpm.generation import Generator, batches
 from ddpm.params import UserError
+from measure import evaluator, published
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / pretrained.FOLDER
 CARD = json.loads((ROOT / pretrained.CARD).read_text())
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -55,15 +54,9 @@ def test_the_card_is_of_this_file():
 
 def test_it_draws_what_it_is_asked_for():
     """By the evaluator, as often as the card says, but for the luck of 200 draws."""
-    generator = Generator(FOLDER / "fashion_ddpm.pth", CPU)
-    p = pretrained.sampling().model_copy(update={"seed": 7})
-    images, labels = [], []
-    for first, classes in batches(generator.class_ids(p), 200):
-        *_, x = generator.walk(classes, p, first)
-        images.append(to_uint8(x))
-        labels.append(classes)
-    _, predicted = extract(load_classifier(ROOT / "models/classifier.pth"), torch.cat(images), CPU)
-    assert (predicted == torch.cat(labels)).float().mean() > CARD["metrics"]["class_accuracy"] - 0.07
+    images, labels = published(200, seed=7)
+    _, predicted = extract(evaluator(), images, torch.device("cpu"))
+    assert (predicted == labels).float().mean() > CARD["metrics"]["class_accuracy"] - 0.07
 
 
 def test_the_demo_draws_a_grid_and_an_animation(folder):
