@@ -1,4 +1,4 @@
-# On Windows, run these under WSL or Git Bash.
+# On Windows, run these under WSL.
 SHELL := /bin/bash
 VENV  := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)

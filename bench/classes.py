@@ -38,11 +38,12 @@ def run(full: bool) -> dict:
 
 
 def report(result: dict) -> str:
-    ranked = sorted(result["rows"].items(), key=lambda row: row[1]["fid"] / row[1]["floor"])
+    ranked = sorted(result["rows"].items(), key=lambda row: row[1]["fid"])
     rows = [
         [
             name,
             f"{r['fid']:.3f}",
+            f"{r['floor']:.3f}",
             f"{r['fid'] / r['floor']:.1f}",
             f"{r['accuracy']:.1%}",
             f"{r['accuracy_real']:.1%}",
@@ -50,8 +51,8 @@ def report(result: dict) -> str:
         ]
         for name, r in ranked
     ]
-    header = ["class", "FID", "× floor", "recognised", "of real images", "else mostly taken for"]
+    header = ["class", "FID", "floor", "× floor", "recognised", "of real images", "else mostly taken for"]
     return (
         f"{table(header, rows)}\n\n{result['of_each']} samples of each class against its training images, for the floor as many "
-        "test images; the class with the smallest multiple of its floor first."
+        "test images."
     )

@@ -117,7 +117,7 @@ def peer_rate(peer: Contender, device: torch.device, data: training.Data, helped
         seconds(step, device, STEPS // 10)  # warm-up
         return BATCH / statistics.median(seconds(step, device, STEPS // 10) for _ in range(5))
     finally:
-        torch.use_deterministic_algorithms(reproducible, warn_only=True)
+        torch.use_deterministic_algorithms(reproducible)
 
 
 def cost_of_an_image(device: torch.device) -> tuple[float, float]:

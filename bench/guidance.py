@@ -3,9 +3,10 @@
 import torch
 
 from contenders import ROOT
-from ddpm.data import load_split
+from ddpm.data import CLASSES, load_split
 from ddpm.features import extract, extract_cached
 from ddpm.metrics import fid, prdc
+from evaluate import class_balanced
 from measure import evaluator, published, table
 
 SCALES = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
@@ -16,7 +17,8 @@ def run(full: bool) -> dict:
     count, scales = (2000, SCALES) if full else (200, (1.0, 2.0))
     raw, device, classifier = ROOT / "data/FashionMNIST/raw", torch.device("cpu"), evaluator()
     train, _ = extract_cached(classifier, load_split(raw, "train")[0], device, ROOT / ".cache")
-    real, _ = extract(classifier, load_split(raw, "test")[0][:count], device)
+    test, test_labels = load_split(raw, "test")
+    real, _ = extract(classifier, test[class_balanced(test_labels, torch.arange(count) % len(CLASSES), 0)], device)
     rows = {}
     for scale in scales:
         images, labels = published(count, guidance_scale=scale)

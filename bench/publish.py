@@ -12,14 +12,13 @@ docs/ and bench/results.
 
 import argparse
 import csv
-import gzip
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -42,7 +41,7 @@ from preset import merge
 COPIED = ("src", "bench", "presets", "models", "docs", "README.md", "params.yaml")
 PARTS = ("guidance", "classes", "cas")
 PRESETS = ("h100", "smoke")  # whose model knows classes
-MADE = (pretrained.MODEL.name, pretrained.CARD.name, "runs.tar.gz", "samples.npz", "pictures.tar.gz", "results.tar.gz")
+MADE = (pretrained.MODEL.name, pretrained.CARD.name, "runs.zip", "samples.npz", "pictures.zip", "results.zip")
 MODEL = Path("models/diffusion_model.pth")
 METRICS = Path("output/metrics/evaluate.json")
 PICTURES = ("output/*.png", "output/*.gif", "output/plots/*.tsv")
@@ -137,7 +136,7 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
     model = work.root / MODEL
     as_trained = work.evaluated("as trained", count)
     if "runs" not in work.done:
-        pack_runs(work.root, work.root / "runs.tar.gz")
+        pack_runs(work.root, work.root / "runs.zip")
         work.finished("runs")
     if "half" not in work.done:
         content = torch.load(model, weights_only=True)
@@ -174,10 +173,10 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
         results = [classes.PICTURE, *(RESULTS / f"{part}.json" for part in PARTS)]
 
     out.mkdir(parents=True, exist_ok=True)
-    for path in (pretrained.MODEL, pretrained.CARD, "output/samples.npz", "runs.tar.gz"):
+    for path in (pretrained.MODEL, pretrained.CARD, "output/samples.npz", "runs.zip"):
         shutil.copy(work.root / path, out)
-    pack(out / "pictures.tar.gz", work.root, [path for pattern in PICTURES for path in work.root.glob(pattern)])
-    pack(out / "results.tar.gz", work.root, [work.root / path.relative_to(ROOT) for path in results])
+    pack(out / "pictures.zip", work.root, [path for pattern in PICTURES for path in work.root.glob(pattern)])
+    pack(out / "results.zip", work.root, [work.root / path.relative_to(ROOT) for path in results])
     work.say(f"done in {sum(work.seconds.values()):.0f} s; all of it is in {out}")
     shutil.copy(work.log, out)
     for path in out.iterdir():
@@ -231,9 +230,9 @@ def walk(path: Path) -> list[Path]:
 
 
 def pack(archive: Path, root: Path, files: list[Path]) -> None:
-    with tarfile.open(archive, "w:gz") as tar:
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
         for path in files:
-            tar.add(path, path.relative_to(root))
+            packed.write(path, path.relative_to(root))
 
 
 def take(out: Path) -> None:
@@ -242,9 +241,11 @@ def take(out: Path) -> None:
         raise UserError(f"{out}: lacks {', '.join(missing)}; `make` leaves it there")
     try:
         card = json.loads((out / "card.json").read_text())
-        for name in MADE[-2:]:
-            gzip.decompress((out / name).read_bytes())
-    except (ValueError, OSError, EOFError, zlib.error) as error:
+        for name in (name for name in MADE if name.endswith(".zip")):
+            with zipfile.ZipFile(out / name) as packed:
+                if damaged := packed.testzip():
+                    raise zipfile.BadZipFile(damaged)
+    except (OSError, EOFError, RuntimeError, ValueError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{out}: damaged ({error}); copy it anew") from None
     if file_sha256(out / "fashion_ddpm.pth") != card["sha256"]:
         raise UserError(f"{out / 'fashion_ddpm.pth'}: not the file that {out / 'card.json'} describes; copy both anew")
@@ -253,11 +254,11 @@ def take(out: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name in MADE[:3]:
         shutil.copy(out / name, folder)
-    with tarfile.open(out / "results.tar.gz") as archive:
-        archive.extractall(ROOT, filter="data")
-    with tarfile.open(out / "pictures.tar.gz") as archive:
+    with zipfile.ZipFile(out / "results.zip") as archive:
+        archive.extractall(ROOT)
+    with zipfile.ZipFile(out / "pictures.zip") as archive:
         for name in ("generated_samples.png", "denoising.gif", "nearest_neighbours.png"):
-            (ROOT / f"docs/images/pretrained-{name}").write_bytes(archive.extractfile(f"output/{name}").read())
+            (ROOT / f"docs/images/pretrained-{name}").write_bytes(archive.read(f"output/{name}"))
     keep("models", (kept("models") or {}) | {card["preset"]: card})
     template = jinja2.Template((ROOT / "bench/card.md.j2").read_text(), keep_trailing_newline=True)
     (folder / "README.md").write_text(template.render(card=card, metrics=table_of_metrics({card["preset"]: card})))

@@ -1,7 +1,7 @@
-"""Which learning rate suits a peer: each trains as many steps at each of three; contenders.py has the one that the others use."""
+"""Which learning rate suits a peer: as many steps at each, until a higher one is worse. contenders.py has the ones in use."""
 
-import itertools
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from ddpm.resume import fingerprint
 from measure import judge, machine, table
 from quality import BATCH, EVALUATIONS, judged, shown, step
 
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 STEPS, COUNT = 300, 500
 
 
@@ -24,24 +24,30 @@ def run(full: bool) -> dict:
     of = fingerprint(machine()["versions"], [here / "rates.py", here / "contenders.py"])
     part = ROOT / f".cache/rates-{of}.json"
     rows = json.loads(part.read_text()) if part.exists() else {}
-    for peer, rate in itertools.product(PEERS, RATES):
-        row = rows.setdefault(peer.name, {})
-        if f"{rate:g}" not in row:
-            torch.manual_seed(0)
-            c = peer()
-            c.learning_rate = rate
-            c.start(torch.device("cpu"))
-            for _ in range(STEPS):
-                step(c, images, labels)
-            row[f"{rate:g}"] = judged(c, COUNT, fid)
-            write_atomic(part, json.dumps(rows).encode())
-        print(f"{peer.name}, learning rate {rate:g}: fid {shown(row[f'{rate:g}'])}", flush=True)
+    for peer in PEERS:
+        row, best = rows.setdefault(peer.name, {}), math.inf
+        for rate in RATES:
+            if f"{rate:g}" not in row:
+                torch.manual_seed(0)
+                c = peer()
+                c.learning_rate = rate
+                c.start(torch.device("cpu"))
+                for _ in range(STEPS):
+                    step(c, images, labels)
+                row[f"{rate:g}"] = judged(c, COUNT, fid)
+                write_atomic(part, json.dumps(rows).encode())
+            value = row[f"{rate:g}"]
+            print(f"{peer.name}, learning rate {rate:g}: fid {shown(value)}", flush=True)
+            value = math.inf if value is None else value
+            if value > best:
+                break
+            best = value
     part.unlink()
     return {"steps": STEPS, "batch": BATCH, "samples": COUNT, "evaluations": EVALUATIONS, "rows": rows}
 
 
 def report(result: dict) -> str:
     rates = [f"{rate:g}" for rate in RATES]
-    rows = [[name, *(shown(r[rate]) for rate in rates)] for name, r in result["rows"].items()]
+    rows = [[name, *(shown(r[rate]) if rate in r else "" for rate in rates)] for name, r in result["rows"].items()]
     how = f"`fid` of {result['samples']} samples, {result['evaluations']} network evaluations each"
     return table(["learning rate", *rates], rows) + f"\n\n{how}, after {result['steps']} steps of {result['batch']} images."

@@ -1,9 +1,9 @@
 """`make bench`, or `python bench/run.py [--full] [part …]`: this project beside its peers, measured on this machine.
 
 Parts: throughput, step, growth, evaluations and quality, whose short form takes a quarter of an hour; guidance, classes, cas,
-scale, rates, seeds and ablations only run where they are named, or with --full, which takes some six hours for all. Each part
-leaves its figures in bench/results/, and all of those become the tables and plots of docs/ and the README. `--report` only
-does the latter.
+scale, rates, samplers, seeds and ablations only run where they are named, or with --full, which takes some seven hours for all.
+Each part leaves its figures in bench/results/, and all of those become the tables and plots of docs/ and the README. `--report`
+only does the latter.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import guidance
 import models
 import quality
 import rates
+import samplers
 import scale
 import seeds
 import step
@@ -31,7 +32,7 @@ from measure import keep, kept, machine
 
 SHORT = {"throughput": throughput, "step": step, "growth": growth, "evaluations": evaluations, "quality": quality}
 PARTS = SHORT | {"guidance": guidance, "classes": classes, "cas": cas}
-PARTS |= {"scale": scale, "rates": rates, "seeds": seeds, "ablations": ablations}
+PARTS |= {"scale": scale, "rates": rates, "samplers": samplers, "seeds": seeds, "ablations": ablations}
 TOLD = PARTS | {"models": models}  # what publish.py has measured
 PAGES = [ROOT / page for page in ("docs/RESULTS.md", "docs/OPERATIONS.md", "README.md")]
 PICTURES = ROOT / "docs/images"

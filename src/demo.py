@@ -20,7 +20,7 @@ from ddpm.params import UserError, between, clean_errors
 from ddpm.pretrained import MODEL, sampling
 from ddpm.samplers import ImageNoise
 from ddpm.serving import class_numbers
-from sample import GIF_FRAMES, GRID_COLUMNS, evenly
+from sample import GIF_FRAMES, GRID_COLUMNS, evenly, row_a_class
 
 GRID, ANIMATION = Path("output/demo.png"), Path("output/demo.gif")
 ANIMATED = 10  # garments
@@ -40,8 +40,7 @@ def main() -> None:
     ((_, labels),) = batches(ids, len(ids) * GRID_COLUMNS)  # by turns
     history = [ImageNoise(p.seed, 0, len(labels), generator.image_shape, torch.device("cpu"))(), *generator.walk(labels, p)]
     frames = [to_uint8(x).cpu() for x in history]
-    rows = [frames[-1][i :: len(ids)] for i in range(len(ids))]
-    save_png(GRID, sheet(torch.cat(rows), GRID_COLUMNS, [generator.classes[c] for c in ids]))
+    save_png(GRID, row_a_class(frames[-1], generator, ids))
     save_gif(ANIMATION, [sheet(x[:ANIMATED], columns=5) for x in evenly(frames, GIF_FRAMES)])
     print(f"{GRID} and {ANIMATION}, by {MODEL} with seed {p.seed}")
 

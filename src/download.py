@@ -1,5 +1,6 @@
 """Stage 1, `python src/download.py`: the data set, in MNIST's format, in data/<name>/raw; Fashion-MNIST's bytes verified."""
 
+import argparse
 from pathlib import Path
 
 from ddpm.data import raw_folder
@@ -9,6 +10,7 @@ from ddpm.sources import download
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
     p = load_params().data
     raw, folder = raw_folder(p.name), Path(p.folder).expanduser() if p.folder else None
     if p.name == FASHION_MNIST:

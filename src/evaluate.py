@@ -3,6 +3,7 @@
 Writes output/metrics/evaluate.json and output/nearest_neighbours.png.
 """
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -35,6 +36,7 @@ REFERENCES = 100_000  # real images to compare with, at most
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
     params = load_params()
     device = select_device(params.runtime.device, tf32=False, deterministic=params.runtime.deterministic)
     path = Path(params.evaluate.classifier)
@@ -85,8 +87,10 @@ def track_evaluation(
     """Judge the samples, write the outputs, and log it all as one MLflow run."""
     root, required, path = project_root(), params.runtime.require_mlflow, Path(params.evaluate.classifier)
     model = MODEL.read_bytes() if MODEL.exists() else None  # at once: it may be replaced meanwhile
-    vouched_for = model is not None and sha256(model) == checkpoint and drawn_from(model, params.sample)
-    with tracking.start_run("evaluate", params.model_dump(), root, folder, str(device), required, checkpoint) as run:
+    ours = model is not None and sha256(model) == checkpoint
+    vouched_for = ours and drawn_from(model, params.sample)
+    told = params.model_dump(exclude=None if ours else {"train"})  # which is not of another model
+    with tracking.start_run("evaluate", told, root, folder, str(device), required, checkpoint) as run:
         run.tags({"samples": len(images), "samples_md5": file_md5(SAMPLES), "evaluator_sha256": file_sha256(path)})
         (samples, predicted), (train, _), (test, test_predicted) = features(classifier, images, data, device, group)
         metrics = {
@@ -161,10 +165,12 @@ def load_samples(path: Path) -> tuple[Tensor, Tensor, str | None]:
 def class_balanced(pool: Tensor, labels: Tensor, draw: int) -> Tensor | None:
     """Indices into the labels `pool` of as many images of each class as `labels` has, drawn without replacement.
 
-    Labels of -1 stand for every class equally. None if some class has too few.
+    Labels of -1 stand for every class equally. None if some class has too few, or there are fewer labels than classes.
     """
     known, classes = labels[labels >= 0], pool.max().item() + 1
     counts = torch.bincount(known, minlength=classes) + (len(labels) - len(known)) // classes
+    if not counts.any():
+        return None
     generator = torch.Generator().manual_seed(draw)
     order = torch.randperm(len(pool), generator=generator)
     indices = []

@@ -3,8 +3,8 @@
 Comments and layout stay. `git checkout params.yaml` takes it back.
 """
 
+import argparse
 import io
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,30 +20,31 @@ def main() -> None:
     if not PRESETS.is_dir():
         raise UserError(f"{PRESETS}: there is no such folder here; run from the repository's root")
     names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    if len(sys.argv) != 2 or sys.argv[1] not in names:
-        raise UserError(f"usage: python src/preset.py {'|'.join(names)}")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("preset", choices=names, help="a file of presets/")
+    name = parser.parse_args().preset
     from ruamel.yaml import YAML  # `merge` does without
 
     load_params(PARAMS)  # a fault of the user's own is named before a preset hides it
     yaml = YAML()  # the round-trip kind: comments, order and the way of writing stay
     yaml.width = 200
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    params, preset = yaml.load(PARAMS), yaml.load(PRESETS / f"{sys.argv[1]}.yaml")
-    changes = list(merge(params, preset))
+    params, preset = yaml.load(PARAMS), yaml.load(PRESETS / f"{name}.yaml")
+    changes = list(merge(params, preset or {}))
     text = io.StringIO()
     yaml.dump(params, text)
-    parse_params(text.getvalue(), PRESETS / f"{sys.argv[1]}.yaml")
+    parse_params(text.getvalue(), PRESETS / f"{name}.yaml")
     write_atomic(PARAMS, text.getvalue().encode())
-    print("\n".join(changes) or f"{PARAMS} has the values of {sys.argv[1]} already")
+    print("\n".join(changes) or f"{PARAMS} has the values of {name} already")
 
 
 def merge(params: Any, preset: Any, path: str = "") -> Iterator[str]:
     """Put the values of the nested mapping `preset` into `params`; yields a line for each that differed."""
     for key, value in preset.items():
         if isinstance(value, dict):
-            yield from merge(params[key], value, f"{path}{key}.")
-        elif params[key] != value:
-            yield f"{path}{key}: {shown(params[key])} → {shown(value)}"
+            yield from merge(params.setdefault(key, {}), value, f"{path}{key}.")
+        elif key not in params or params[key] != value:
+            yield f"{path}{key}: {shown(params.get(key))} → {shown(value)}"
             params[key] = value
 
 

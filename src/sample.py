@@ -61,7 +61,8 @@ def main() -> None:
 def track_sampling(params: Params, generator: Generator, checkpoint: str, folder: Path, group: Group) -> None:
     """Draw the images, write the outputs, and log it all as one MLflow run."""
     p, root, required, where = params.sample, project_root(), params.runtime.require_mlflow, str(generator.device)
-    told = params.model_dump(exclude=None if generator.checkpoint == MODEL else {"train"})  # which is not of another model
+    ours = MODEL.exists() and file_sha256(MODEL) == checkpoint
+    told = params.model_dump(exclude=None if ours else {"train"})  # which is not of another model
     with tracking.start_run("sample", told, root, folder, where, required, checkpoint) as run:
         began = time.monotonic()
         images, history, drawn = draw(generator, p, folder, group)
@@ -116,18 +117,21 @@ def write_outputs(images: Tensor, history: list[Tensor], generator: Generator, p
     write_atomic(OUTPUT / "samples.npz", archive.getvalue())
 
     named = generator.null_class not in classes
-    if named:
-        columns = min(GRID_COLUMNS, len(images) // len(classes))
-        rows = [images[i :: len(classes)][:columns] for i in range(len(classes))]
-        grid = sheet(torch.cat(rows), columns, [generator.classes[c] for c in classes])
-    else:
-        grid = sheet(images[: GRID_COLUMNS * GRID_COLUMNS], GRID_COLUMNS)
-    save_png(OUTPUT / "generated_samples.png", grid)
-
+    save_png(
+        OUTPUT / "generated_samples.png",
+        row_a_class(images, generator, classes) if named else sheet(images[: GRID_COLUMNS * GRID_COLUMNS], GRID_COLUMNS),
+    )
     shown = evenly(history, STRIP_COLUMNS)
     names = [generator.classes[c] for c in (classes * STRIP_ROWS)[: len(history[0])]] if named else []
     save_png(OUTPUT / "denoising.png", sheet(torch.stack(shown, dim=1).flatten(0, 1), len(shown), names))
     save_gif(OUTPUT / "denoising.gif", [sheet(x, columns=5) for x in evenly(history, GIF_FRAMES)])
+
+
+def row_a_class(images: Tensor, generator: Generator, classes: list[int]) -> Tensor:
+    """A sheet of the first of these images, uint8 [N, …], which are of these classes in turn."""
+    columns = min(GRID_COLUMNS, len(images) // len(classes))
+    rows = [images[i :: len(classes)][:columns] for i in range(len(classes))]
+    return sheet(torch.cat(rows), columns, [generator.classes[c] for c in classes])
 
 
 def evenly(frames: list[Tensor], count: int) -> list[Tensor]:

@@ -4,6 +4,7 @@ Writes models/diffusion_model.pth, output/metrics/train.json and output/plots/{t
 goes on where its last saved state is when it is started again.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ class RunLog:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
     params = load_params()
     p = params.train
     device = select_device(params.runtime.device, deterministic=params.runtime.deterministic)

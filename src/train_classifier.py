@@ -72,8 +72,9 @@ def train(images: Tensor, labels: Tensor, classes: int) -> Classifier:
         for _ in range(RECIPE["epochs"]):
             order = torch.randperm(len(images), generator=generator)
             for batch in order[: len(order) // batch_size * batch_size].view(-1, batch_size):
-                x, y = (images[batch], labels[batch]) if classes else turned(images[batch])
-                _, logits = model(augment(x, generator))
+                x = augment(images[batch], generator)  # first: a mirrored quarter turn is another quarter turn
+                x, y = (x, labels[batch]) if classes else turned(x)
+                _, logits = model(x)
                 loss = F.cross_entropy(logits, y, label_smoothing=RECIPE["label_smoothing"])
                 optimizer.zero_grad()
                 loss.backward()
@@ -102,8 +103,8 @@ def features_and_accuracy(model: Classifier, images: Tensor, labels: Tensor, cla
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="models/classifier.pth, or models/classifier-NAME.pth for other data")
-    name = load_params().data.name
-    out = parser.parse_args().out or Path(f"models/classifier{'' if name == FASHION_MNIST else f'-{name}'}.pth")
+    out, name = parser.parse_args().out, load_params().data.name
+    out = out or Path(f"models/classifier{'' if name == FASHION_MNIST else f'-{name}'}.pth")
     data = load_data(name)
     classes = len(data.classes)
 

@@ -29,7 +29,10 @@ def fashion_mnist(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory, fashion_mnist) -> Path:
-    """A clone with the smoke preset after `dvc repro`, all committed. Its files and its commit are to stay as they are."""
+    """A clone with the smoke preset after `dvc repro`, all committed. Its files and its commit are to stay as they are.
+
+    test_views.py and test_team.py add experiments, runs and a remote; test_pipeline.py, which comes before, works on a copy.
+    """
     from test_pipeline import run, smoke_clone, stages_run
 
     clone = smoke_clone(tmp_path_factory.mktemp("smoke"), fashion_mnist)
@@ -40,7 +43,10 @@ def smoke_run(tmp_path_factory, fashion_mnist) -> Path:
 
 @pytest.fixture(scope="session")
 def coloured_run(tmp_path_factory) -> Path:
-    """A clone with three classes of coloured images, 16 × 16 pixels, after `dvc repro`: by the smoke preset and params alone."""
+    """A clone with three classes of coloured images, 16 × 16 pixels, after `dvc repro`: by the smoke preset and params alone.
+
+    test_folder.py looks at it, and then test_processes.py trains in it.
+    """
     import crash
     from test_pipeline import edit_params, run, stages_run
 

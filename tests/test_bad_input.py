@@ -3,6 +3,7 @@
 The modules' own tests have the many ways in which parameters, data, samples and checkpoints can be wrong.
 """
 
+import importlib
 import json
 import os
 import pickle
@@ -52,6 +53,17 @@ def params(folder: Path, **changes: object) -> None:
         section, key = name.split("__")
         content[section][key] = value
     (folder / "params.yaml").write_text(yaml.safe_dump(content))
+
+
+@pytest.mark.parametrize("program", sorted(path.stem for path in (ROOT / "src").glob("*.py")))
+def test_help_is_help_alone(program, tmp_path, monkeypatch, capsys):
+    (tmp_path / "presets").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(program).main()
+    assert f"usage: {program}.py" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.rglob("*")] == ["presets"]
 
 
 def small_model(folder: Path) -> None:

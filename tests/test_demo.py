@@ -127,7 +127,7 @@ def test_its_runs_go_into_a_store_once(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address := f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "shipped")
     monkeypatch.setattr(ship, "project_root", lambda: tmp_path)
-    monkeypatch.setattr(sys, "argv", ["ship.py", str(FOLDER / "runs.tar.gz")])
+    monkeypatch.setattr(sys, "argv", ["ship.py", str(FOLDER / "runs.zip")])
     client = MlflowClient(address)
     for _ in range(2):
         ship.main()
@@ -141,4 +141,4 @@ def test_its_runs_go_into_a_store_once(tmp_path, monkeypatch):
         assert len(losses) == len({m.step for m in losses})
         assert max(m.step for m in losses) == CARD["params"]["train"]["steps"]
         assert train.data.metrics["eval/fid"] == pytest.approx(CARD["metrics_as_trained"]["fid"])
-    assert (FOLDER / "runs.tar.gz").exists()
+    assert (FOLDER / "runs.zip").exists()

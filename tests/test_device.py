@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ddpm.device import enough_memory, select_device
+from ddpm.device import can_compile, enough_memory, select_device
 from ddpm.params import UserError
 
 HAS_CUDA, HAS_MPS = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -23,6 +23,19 @@ def test_cuda_where_there_is_none(name):
     with pytest.raises(UserError) as caught:
         select_device(name)
     assert str(caught.value) == f"runtime.device: '{name}', but PyTorch sees no CUDA device here; use auto or cpu"
+
+
+def test_several_processes_share_no_gpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match=r"^runtime.device: 'cuda:0', but several processes can't share it; use cuda, or one"):
+        select_device("cuda:0")
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not can_compile(torch.device("cuda"))
+    assert not can_compile(torch.device("cpu"))
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA")

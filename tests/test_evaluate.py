@@ -13,10 +13,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train_classifier
 from ddpm.data import load_split
+from ddpm.features import extract
 from ddpm.params import UserError, load_params
 from evaluate import class_balanced, drawn_from, load_samples
-from train_classifier import augment
+from train_classifier import augment, turned
 
 MADE_ANEW = "`dvc repro sample` makes it anew"
 
@@ -49,6 +51,10 @@ def test_class_balanced_can_take_the_whole_pool_but_no_more():
     assert sorted(class_balanced(pool, pool, 0).tolist()) == [0, 1, 2, 3]
     assert class_balanced(pool, torch.tensor([0, 0]), 0) is None
     assert class_balanced(pool, torch.tensor([5]), 0) is None
+
+
+def test_fewer_labels_of_no_class_than_classes_have_no_balance():
+    assert class_balanced(torch.arange(20).repeat(3), torch.full((19,), -1), 0) is None
 
 
 def test_labels_of_no_class_stand_for_every_class_equally():
@@ -185,6 +191,18 @@ def test_augmentation_shifts_mirrors_and_erases_a_square():
     assert straight.float().mean() == pytest.approx(0.5, abs=0.03)
     erased = 1 - len(seen) / len(images)
     assert erased == pytest.approx(100 / 28**2, abs=0.04)
+
+
+def test_turns_are_learned_of_images_that_are_their_own_mirror_images(monkeypatch):
+    """Wedges that widen downwards: mirroring after a quarter turn would make it the other quarter turn."""
+    monkeypatch.setattr(train_classifier, "RECIPE", train_classifier.RECIPE | {"epochs": 6, "batch_size": 50})
+    rows, columns = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    centre, slope = (torch.rand(600, 1, 1, generator=seeded(i)) for i in range(2))
+    wedges = (((columns - 9 - 10 * centre).abs() < (0.2 + 0.3 * slope) * rows) * 255).to(torch.uint8)
+    model = train_classifier.train(wedges, torch.zeros(600, dtype=torch.int64), 0).eval()
+    images, quarters = turned(wedges[:200])
+    predicted = extract(model, images, torch.device("cpu"))[1]
+    assert all((predicted[quarters == k] == k).float().mean() > 0.9 for k in range(4))
 
 
 def test_augmentation_is_a_view_of_the_image_but_for_the_erased_square(fashion_mnist):

@@ -136,9 +136,10 @@ DAMAGED = "damaged, or not a file of weights alone; `make w` makes it anew"
         WHOLE[:-1],
         flip(WHOLE, len(WHOLE) // 2),  # among the numbers, where only a checksum can tell
         flip(WHOLE, WHOLE.index(b"weights")),
+        WHOLE[: (at := WHOLE.index(b"PK\x01\x02") + 10)] + b"\x08" + WHOLE[at + 1 :],  # the directory says: deflated
         pickle.dumps({"weights": 1}, protocol=0),
     ],
-    ids=["empty", "signature", "text", "half", "last-byte", "numbers", "key", "bare-pickle"],
+    ids=["empty", "signature", "text", "half", "last-byte", "numbers", "key", "method", "bare-pickle"],
 )
 def test_damaged_weights_are_refused(tmp_path, data):
     path = tmp_path / "w.pth"

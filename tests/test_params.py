@@ -123,6 +123,10 @@ FAULTS: list[tuple[dict[str, object], list[str]]] = [
     ({"train.steps": -5}, ["train.steps: -5 should be at least 1"]),
     ({"train.steps": 10**9}, ["train.steps: 1000000000 should be at most 10000000"]),
     ({"train.steps": 10**50}, ["train.steps: 100000000000000000...0000000000000000000 should be at most 10000000"]),
+    (
+        {"train.batch_size": 9, "runtime.processes": 2, "runtime.accumulate": 5},
+        ["train.batch_size: 9 images are too few for 2 processes in 5 parts each; lower runtime.processes or runtime.accumulate"],
+    ),
     ({"train.batch_size": 60_001}, ["train.batch_size: 60001 should be at most 60000"]),
     ({"train.seed": -1}, ["train.seed: -1 should be at least 0"]),
     ({"sample.seed": 2**32}, ["sample.seed: 4294967296 should be less than 4294967296"]),

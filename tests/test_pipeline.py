@@ -174,35 +174,6 @@ def test_forced_repro_gives_the_same_bytes(clone: Path) -> None:
     assert (clone / "dvc.lock").read_text() == before
 
 
-def test_two_queued_experiments_that_train_the_same_at_once(clone: Path) -> None:
-    """Neither goes on from the other's states, and one MLflow store has all of both."""
-    from dvc.repo import Repo
-    from mlflow import MlflowClient
-
-    names = ("twin-one", "twin-two")
-    for seed, name in enumerate(names):
-        run(clone, "dvc", "exp", "run", "--queue", "-n", name, "-S", "train.seed=9", "-S", f"sample.seed={seed + 10}")
-    workers = ["dvc", "queue", "start", "-j", "2"]  # they would hold a pipe open
-    subprocess.run(workers, cwd=clone, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-    deadline, status = time.monotonic() + 600, {}
-    while time.monotonic() < deadline and not all(status.get(name) in ("Success", "Failed") for name in names):
-        time.sleep(2)
-        with Repo(str(clone)) as repo:
-            status = {entry["name"]: entry["status"] for entry in repo.experiments.celery_queue.status()}
-    assert {name: status.get(name) for name in names} == dict.fromkeys(names, "Success")
-
-    client = MlflowClient(f"sqlite:///{clone / 'mlflow.db'}")
-    trainings = [r for r in mlflow_runs(clone, "train") if r.data.params["train.seed"] == "9"]
-    assert {r.data.tags["dvc_exp_name"] for r in trainings} <= set(names)
-    for r in trainings:
-        assert r.info.status == "FINISHED"
-        assert sorted(m.step for m in client.get_metric_history(r.info.run_id, "train/loss")) == list(range(1, 61))
-    assert len({r.data.tags["checkpoint_sha256"] for r in trainings}) == 1
-    evaluations = mlflow_runs(clone, "evaluate")[-2:]
-    assert {r.data.tags["dvc_exp_name"] for r in evaluations} == set(names)
-    assert {r.info.status for r in evaluations} == {"FINISHED"}
-
-
 @pytest.mark.parametrize(
     ("stage", "number", "status", "last"),
     [
@@ -232,13 +203,13 @@ def test_a_stopped_stage_says_how_to_go_on_and_does(clone: Path, stage: str, num
 
 
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(clone: Path) -> None:
-    kills, faults = 0, []
-    for n, (said, struck, wrong) in enumerate(crash.ordeals(crash.victims(clone), 12, random.Random())):
+    kills, faults, seed = 0, [], random.randrange(10**6)
+    for n, (said, struck, wrong) in enumerate(crash.ordeals(crash.victims(clone), 12, random.Random(seed))):
         kills += struck
         faults += [f"{said}: {fault}" for fault in wrong]
         if kills >= 4 and n >= 3:  # every stage at least once
             break
-    assert faults == []
+    assert faults == [], f"seed {seed}"
     assert kills >= 4
 
 

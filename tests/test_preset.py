@@ -62,17 +62,25 @@ def test_a_preset_changes_its_values_and_says_so(folder, path):
 
 def test_an_unknown_preset_is_named_beside_those_there_are(folder):
     before = (folder / "params.yaml").read_bytes()
-    names = "|".join(path.stem for path in PRESETS)
     for arguments in ((), ("smoky",), ("smoke", "h100")):
         done = preset(folder, *arguments)
-        assert (done.returncode, done.stderr) == (1, f"error: usage: python src/preset.py {names}\n")
+        assert done.returncode == 2
+        assert all(path.stem in done.stderr for path in PRESETS)
     assert (folder / "params.yaml").read_bytes() == before
 
 
-def test_a_preset_that_does_not_fit_changes_nothing(folder):
-    (folder / "presets/bad.yaml").write_text("train:\n  steps: -1\n")
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("train:\n  steps: -1\n", "train.steps: -1 should be"),
+        ("train:\n  stepz: 5\n", "train.stepz: there is no such key; did you mean steps?"),
+        ("trains:\n  steps: 5\n", "trains: there is no such key; did you mean train?"),
+    ],
+)
+def test_a_preset_that_does_not_fit_changes_nothing(folder, content, fault):
+    (folder / "presets/bad.yaml").write_text(content)
     before = (folder / "params.yaml").read_bytes()
     done = preset(folder, "bad")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: presets/bad.yaml: train.steps: -1 should be")
+    assert done.stderr.startswith(f"error: presets/bad.yaml: {fault}")
     assert (folder / "params.yaml").read_bytes() == before

@@ -117,14 +117,15 @@ def test_torchrun_restarts_what_was_lost(clone: Path) -> None:
 
 def test_what_is_wrong_is_told_once(clone: Path) -> None:
     before = (clone / "params.yaml").read_text()
-    edit_params(clone, {"train": {"batch_size": 1}, "runtime": {"processes": 2}})
-    process = start(clone, "src/train.py")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert errors == (
-        "error: train.batch_size: 1 images are too few for 2 processes in 1 parts each; "
-        "lower runtime.processes or runtime.accumulate\n"
+    edit_params(clone, {"runtime": {"processes": 2, "require_mlflow": True}})
+    (clone / "database").mkdir()
+    environment = ENVIRONMENT | {"MLFLOW_TRACKING_URI": "sqlite:///database"}
+    done = subprocess.run(
+        [sys.executable, "src/train.py"], cwd=clone, env=environment, capture_output=True, text=True, check=False
     )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: MLflow at sqlite:///")
+    assert done.stderr.count("\n") == 1
     (clone / "params.yaml").write_text(before)
 
 

@@ -109,6 +109,14 @@ def test_outside_a_repository_it_says_so(tmp_path, monkeypatch):
     assert "git checkout" not in tags.get("mlflow.note.content", "")
 
 
+def test_what_another_model_drew_has_no_command_that_makes_it_again(repository):
+    params = {name: section for name, section in PARAMS.items() if name != "train"}
+    for stage in ("sample", "evaluate"):
+        name, tags = describe(stage, params)
+        assert name.startswith(f"{stage} @")
+        assert "dvc" not in tags.get("mlflow.note.content", "")
+
+
 def test_the_command_in_the_description_makes_the_parameters_again(repository):
     """DVC's own reading of the command, for random changes of every kind of value."""
     draw = random.Random(0)

@@ -186,3 +186,14 @@ def test_a_state_saved_after_a_damaged_one_is_found(tmp_path):
     newest.write_bytes(truncate(newest.read_bytes()))
     save_state(tmp_path, 20, state(20))  # a run that fell back to step 10 comes to step 20 again
     assert load_state(tmp_path)["step"] == 20
+
+
+def test_damaged_states_take_no_place_of_good_ones(tmp_path):
+    for step in (200, 210):
+        save_state(tmp_path, step, state(step))
+    for path in states(tmp_path):
+        path.write_bytes(truncate(path.read_bytes()))
+    assert load_state(tmp_path) is None
+    for step in (10, 20, 30):
+        save_state(tmp_path, step, state(step))
+        assert load_state(tmp_path)["step"] == step

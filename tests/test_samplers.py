@@ -12,6 +12,7 @@ from ddpm.diffusion import Diffusion, generator
 from ddpm.samplers import ImageNoise, ddim, ddpm, dpmpp_2m, generate, guided_denoiser, spaced_timesteps
 from ddpm.schedule import alphas_cumprod
 from ddpm.unet import UNet
+from test_diffusion import noise_in
 
 CPU = torch.device("cpu")
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
@@ -27,7 +28,7 @@ def network(d: Diffusion):
 
     def model(x, t, y):
         x0 = 1.3 * torch.tanh(F.conv2d(x, KERNEL, padding=1) + torch.sin(t / 100 + y).view(-1, 1, 1, 1))
-        return d.target(x0, t, d.to_eps(x0, x, t))
+        return d.target(x0, t, noise_in(d, x0, x, t))
 
     return model
 

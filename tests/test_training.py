@@ -6,9 +6,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -267,6 +264,11 @@ def test_what_a_run_reports(whole):
     assert not torch.equal(log.previews[0], log.previews[60])
 
 
+@pytest.mark.parametrize(("every", "steps"), [(25, [0, 30, 50, 60]), (7, [0, 10, 20, 30, 40, 50, 60]), (100, [0, 60])])
+def test_reports_come_with_the_next_look_at_the_losses(tmp_path, every, steps):
+    assert [row["step"] for row in run(params(report_every=every), tmp_path).validation_curve] == steps
+
+
 def test_a_last_window_that_is_not_whole(tmp_path):
     log = Recorder()
     trained = run(params(steps=WINDOW + 3), tmp_path, log)
@@ -345,41 +347,6 @@ def test_with_every_state_damaged_it_begins_again(tmp_path, whole):
     log = Recorder()
     assert digest(run(params(), tmp_path, log)) == digest(whole[0])
     assert ("train/loss", 1) in log.values
-
-
-LONGER = {"steps": 150, "report_every": 1000}
-KILLED = """
-import sys
-from pathlib import Path
-
-sys.path[:0] = [{src!r}, {tests!r}]
-import test_training
-from ddpm import training
-
-test_training.torch.set_num_threads(1)
-training.STATE_SECONDS = 0  # a state every window
-trained = test_training.run(test_training.params(**test_training.LONGER), Path(sys.argv[1]))
-Path(sys.argv[2]).write_text(test_training.digest(trained))
-"""
-
-
-def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path):
-    def start() -> subprocess.Popen:
-        script = KILLED.format(src=str(SRC), tests=str(Path(__file__).parent))
-        command = [sys.executable, "-c", script, states, result]
-        return subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    states, result = tmp_path / "states", tmp_path / "digest.txt"
-    killed = start()
-    while killed.poll() is None and not list(states.glob("state-*.pt")):
-        time.sleep(0.02)
-    time.sleep(0.4 * random.random())
-    killed.kill()
-    assert killed.wait() == -signal.SIGKILL
-    assert not result.exists()
-    assert 0 < load_state(states)["step"] < 150
-    assert start().wait(100) == 0
-    assert result.read_text() == digest(run(params(**LONGER), tmp_path / "whole"))
 
 
 def poisoned_state(folder: Path, p: TrainParams, stop_at: int, label: int) -> None:

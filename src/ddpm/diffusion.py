@@ -78,11 +78,6 @@ class Diffusion:
             return (x_t - sigma * output) / alpha
         return alpha * x_t - sigma * output
 
-    def to_eps(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that x_t holds if x0 is the clean image."""
-        alpha, sigma = self._at(t)
-        return (x_t - alpha * x0) / sigma
-
     def errors(self, output: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The squared error of each image, [N]."""
         return (output.float() - self.target(x0, t, eps)).square().mean((1, 2, 3))

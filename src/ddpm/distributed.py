@@ -93,8 +93,6 @@ def joined(device: torch.device) -> Iterator[Group]:
         yield ALONE
         return
     threading.Thread(target=_end_with, args=[int(os.environ.get(LAUNCHER, os.getppid()))], daemon=True).start()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun keeps its store when it restarts what was lost, and with it the addresses of processes that are gone
@@ -127,8 +125,13 @@ def _ending(error: BaseException, rank: int) -> BaseException:
         except Stopped as stopped:
             error, lost = stopped, False
     if lost:
-        error = Stopped(signal.SIGTERM, f"another process of this run was lost; {AGAIN}")
+        error = Stopped(signal.SIGTERM, f"another process of this run was lost{_reason(error)}; {AGAIN}")
     return SystemExit(error.exit_status) if rank and isinstance(error, Stopped) else error
+
+
+def _reason(error: BaseException) -> str:
+    """What nccl says, which has other reasons as well: two processes on one GPU, too little shared memory."""
+    return f", or can't be reached ({str(error).splitlines()[0]})" if isinstance(error, dist.DistError) and str(error) else ""
 
 
 def launch(count: int) -> None:

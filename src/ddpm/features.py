@@ -111,10 +111,10 @@ def extract_cached(
         digest.update(weight.cpu().numpy().tobytes())
     digest.update(f"{torch.__version__} {device} {torch.get_num_threads()}".encode())  # what rounding depends on
     path = cache / f"features-{digest.hexdigest()[:16]}.pt"
-    content = group.from_first(read_verified(path) if group.first else None)
-    if content is None:
+    content = read_verified(path) if group.first else None
+    if group.from_first(content is None):
         features, predictions = extract(classifier, images, device, group=group)
         content = {"features": features, "predictions": predictions}
         if group.first:
             write_verified(path, content)
-    return content["features"], content["predictions"]
+    return (content["features"], content["predictions"]) if group.first else (None, None)

@@ -11,6 +11,7 @@ import os
 import pickle
 import platform
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,7 +48,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Return when what was written to the file or folder would survive a power cut."""
+    """Return when what was written to the file or folder would survive a power cut, on Linux: other systems promise less."""
     if os.name == "posix":  # Windows can't open a folder to sync it
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -130,7 +131,7 @@ def load_tensors(path: Path, keys: set[str], made_by: str) -> dict:
         raise UserError(f"{path}: there is no such file; `{made_by}` makes it") from None
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
         raise UserError(f"{path}: damaged, or not a file of weights alone; `{made_by}` makes it anew") from None
     missing = sorted(keys - content.keys()) if isinstance(content, dict) else sorted(keys)
     if missing:

@@ -111,12 +111,13 @@ def _take_images(folder: Path, raw: Path) -> list[str]:
         classes, found = _find_images(folder)
         test = found[HELD_OUT - 1 :: HELD_OUT]
         train = [item for i, item in enumerate(found, 1) if i % HELD_OUT]
-    if len(test) < FEWEST:
-        raise UserError(
-            f"{folder}: {len(test)} images for testing are too few; {FEWEST} are needed, or {FEWEST * HELD_OUT} to split"
-        )
     paths = [path for path, _ in train + test]
     size, mode = _common_size(paths)
+    for items, purpose in ((test, "testing"), (train, "training")):
+        if len(items) < FEWEST:
+            raise UserError(
+                f"{folder}: {len(items)} images for {purpose} are too few; {FEWEST} are needed, or {FEWEST * HELD_OUT} to split"
+            )
     with tqdm(total=len(paths), unit="image", desc=folder.name, dynamic_ncols=True) as bar:
         for prefix, items in ((TRAIN, train), (TEST, test)):
             random.Random(0).shuffle(items)  # the first of them stand for all in validation
@@ -171,7 +172,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(
             f"{path}: not a whole image ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from None

@@ -7,8 +7,6 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 ONE_PROCESS = {"sync_on_compute": False}  # has all features, also where several gathered them
@@ -29,8 +27,9 @@ class _Features(nn.Module):
 
 def fid(samples: Tensor, reference: Tensor) -> float:
     """Fréchet distance between Gaussians fitted to two sets of features [N, D], [M, D] (Heusel et al. 2017, eq. 6)."""
-    network, size = _Features(samples.shape[1]), (samples.shape[1],)
-    metric = FrechetInceptionDistance(network, input_img_size=size, **ONE_PROCESS).set_dtype(torch.float64)
+    from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds, and mistakes are to be told before
+
+    metric = FrechetInceptionDistance(_Features(samples.shape[1]), **ONE_PROCESS)
     metric.update(reference.double(), real=True)
     metric.update(samples.double(), real=False)
     return metric.compute().item()
@@ -38,6 +37,8 @@ def fid(samples: Tensor, reference: Tensor) -> float:
 
 def kid(samples: Tensor, reference: Tensor, seed: int = 0) -> float:
     """Kernel distance: the unbiased MMD² under a cubic kernel, mean over random subsets (Bińkowski et al. 2018, sec. 4)."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     size = min(KID_SUBSET_SIZE, len(samples), len(reference))
     with warnings.catch_warnings(action="ignore"):  # that it holds all features in memory; we do anyway
         network = _Features(samples.shape[1])
@@ -58,7 +59,7 @@ def prdc(samples: Tensor, reference: Tensor, k: int = 5) -> dict[str, float]:
     lies in, over k. Coverage: the share of reference balls that hold a sample.
     """
     reference_radii, sample_radii = _kth_neighbour_distance(reference, k), _kth_neighbour_distance(samples, k)
-    precise = density = recalled = 0
+    precise = density = 0
     covered = torch.zeros(len(reference), dtype=torch.bool)
     within_samples = torch.zeros(len(reference), dtype=torch.bool)
     for rows, radii in zip(samples.split(ROWS), sample_radii.split(ROWS), strict=True):
@@ -68,10 +69,9 @@ def prdc(samples: Tensor, reference: Tensor, k: int = 5) -> dict[str, float]:
         density += in_reference.sum().item()
         covered |= in_reference.any(0)
         within_samples |= (distance <= radii[:, None]).any(0)
-    recalled = within_samples.sum().item()
     return {
         "precision": precise / len(samples),
-        "recall": recalled / len(reference),
+        "recall": within_samples.sum().item() / len(reference),
         "density": density / (k * len(samples)),
         "coverage": covered.float().mean().item(),
     }

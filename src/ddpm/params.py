@@ -121,6 +121,14 @@ class TrainParams(Section):
     model: ModelParams
     diffusion: DiffusionParams
 
+    def check(self, processes: int, parts: int) -> None:
+        """Raise ValueError, with the key that is at fault, where a batch has no image for each part of each process."""
+        if self.batch_size < processes * parts:
+            raise ValueError(
+                f"train.batch_size: {self.batch_size} images are too few for {processes} processes in {parts} parts each; "
+                "lower runtime.processes or runtime.accumulate"
+            )
+
 
 class SampleParams(Section):
     sampler: Literal["ddpm", "ddim", "dpmpp_2m"]
@@ -159,6 +167,7 @@ class Params(Section):
     def _sections_agree(self) -> Self:
         if self.data.name == FASHION_MNIST:  # of another data set training will know the size
             self.train.model.check(28)
+        self.train.check(self.runtime.processes, self.runtime.accumulate)
         if self.sample.steps > self.train.diffusion.timesteps:
             raise ValueError(
                 f"sample.steps: {self.sample.steps} steps, but the model has train.diffusion.timesteps: "

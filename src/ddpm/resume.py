@@ -114,4 +114,5 @@ def load_state(folder: Path) -> dict | None:
         if state := read_verified(path):
             return state
         print(f"warning: {path} is damaged; falling back to the state before it", file=sys.stderr)
+        path.unlink(missing_ok=True)  # or it would be kept in the place of a good one
     return None

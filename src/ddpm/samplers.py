@@ -18,8 +18,8 @@ Denoiser = Callable[[Tensor, int], Tensor]
 def spaced_timesteps(timesteps: int, steps: int, spacing: str) -> list[int]:
     """`steps` of the timesteps 0 … T-1, largest first.
 
-    trailing starts at T-1, where there is only noise; leading ends at 0; linspace has both (Lin et al. 2024, table 2).
-    tapered is trailing with a last interval half as long as the others: all solvers are of first order there.
+    trailing starts at T-1, where there is only noise; leading ends at 0; linspace has both (Lin et al. 2024, table 2), of two
+    or more. tapered is trailing with a last interval half as long as the others: all solvers are of first order there.
     """
     if spacing == "linspace":
         times = torch.linspace(0, timesteps - 1, steps, dtype=torch.float64).round().long().flip(0)

@@ -48,7 +48,7 @@ class Log(Protocol):
 class Trained:
     weights: dict[str, Tensor]  # EMA
     train_curve: list[dict[str, float]]  # a row every WINDOW steps, means over the window
-    validation_curve: list[dict[str, float]]  # a row every `report_every` steps
+    validation_curve: list[dict[str, float]]  # a row at the first window's end after every `report_every` steps
 
 
 def train(
@@ -68,11 +68,10 @@ def train(
     and a log. Neither number changes more than rounding, but for where dropout strikes. Raises UserError when a loss or
     gradient isn't finite (before a state is saved) and Stopped on SIGTERM or Ctrl-C.
     """
-    if p.batch_size < group.size * accumulate:
-        raise UserError(
-            f"train.batch_size: {p.batch_size} images are too few for {group.size} processes in {accumulate} parts each; "
-            "lower runtime.processes or runtime.accumulate"
-        )
+    try:
+        p.check(group.size, accumulate)  # the user's torchrun may have started more than params.yaml knows of
+    except ValueError as error:
+        raise UserError(f"params.yaml: {error}") from None
     torch.manual_seed(p.seed)  # initial weights
     model = UNet(**architecture(p, data)).to(device, memory_format=torch.channels_last)
     diffusion = Diffusion(**p.diffusion.model_dump()).to(device)
@@ -155,7 +154,7 @@ def train(
             bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{images_per_second:.0f}", refresh=False)
             bar.update(done - bar.n)
 
-            if done % p.report_every == 0 or done == p.steps:
+            if done // p.report_every > steps.start // p.report_every or done == p.steps:
                 report(p, done, ema, diffusion, data, validation_curve, log)
             stopping = stopping or (group.size == 1 and bool(stop))  # several stop together, at the next look
             if stopping or time.monotonic() - saved_at > STATE_SECONDS:
@@ -189,7 +188,9 @@ def not_finite(p: TrainParams, step: int) -> UserError:
 
 
 def use_bfloat16(p: TrainParams, device: torch.device) -> bool:
-    return p.precision == "bfloat16" or (p.precision == "auto" and device.type == "cuda")
+    """`auto`: where the device computes in it; some older GPUs only imitate it, slowly."""
+    supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return p.precision == "bfloat16" or (p.precision == "auto" and supported)
 
 
 def architecture(p: TrainParams, data: Data) -> dict:

@@ -40,7 +40,7 @@ def describe(stage: str, params: dict) -> tuple[str, dict[str, str]]:
     status = git("status", "--porcelain", "--untracked-files=no")
     edited = [line[2:].strip() for line in (status or "").splitlines() if not line[2:].strip().startswith(MADE)]
     tags = {
-        "mlflow.note.content": _note(experiment, commit, preset, changed, edited),
+        "mlflow.note.content": _note(experiment, commit, preset, changed, edited, "train" in params),
         "mlflow.source.git.commit": head or "unknown",
         "mlflow.source.name": " ".join(sys.argv),
         "mlflow.source.type": "LOCAL",
@@ -89,15 +89,18 @@ def _preset(flat: dict[str, Any], changed: dict[str, Any]) -> tuple[str, dict[st
     return "", changed
 
 
-def _note(experiment: str, commit: str | None, preset: str, changed: dict[str, Any], edited: list[str]) -> str:
-    """Markdown: the commands that bring the run's result back or make it again, and what is special about it."""
+def _note(experiment: str, commit: str | None, preset: str, changed: dict[str, Any], edited: list[str], trained: bool) -> str:
+    """Markdown: the commands that bring the run's result back or make it again, and what is special about it.
+
+    Nothing that DVC knows makes again what was drawn from a model that wasn't `trained` here.
+    """
     short = (commit or "unknown")[:7]
     settings = [setting(name, value) for name, value in changed.items()]
     again = "dvc exp run " + " ".join(f"-S {shlex.quote(text)}" for text in settings) if settings else "dvc repro"
     lines = []
     if experiment:
         lines.append(f"dvc exp apply {experiment}  # its parameters and results, into the workspace")
-    if commit:
+    if commit and trained:
         lines.append(f"git checkout {short} && {again}  # the same again")
     if lines:
         lines = ["```sh", *lines, "```"]

@@ -190,6 +190,8 @@ def ship(folder: Path, root: Path) -> str:
         if start is None:
             raise UserError(f"{journal.path}: holds no run")
         store, queue = Store(root, journal, {**start, "system_metrics": False}), deque(journal.entries)
+        if "end" not in queue[-1]:  # its process was killed
+            queue.append({"end": "KILLED", "time": _now()})
         try:
             store.ship(queue, len(queue))
         except Exception as error:
@@ -202,6 +204,8 @@ def ship(folder: Path, root: Path) -> str:
 
 def mark_killed(folder: Path, root: Path) -> None:
     """Let the run in `folder`, whose process is lost, be KILLED until it is gone on with; in the store if that answers."""
+    if not (folder / "journal.jsonl").exists():  # it was lost before there was one
+        return
     journal = Journal(folder)
     if start := next((e["start"] for e in journal.entries if "start" in e), None):
         end = journal.entries[-1]

@@ -112,7 +112,6 @@ class Store:
         self.root, self.journal, self.start = root, journal, start
         self.uri = tracking_uri(root)
         self.address = without_password(self.uri)
-        self.is_local = "://" not in self.uri or self.uri.startswith(("sqlite:", "file:"))
         self.problem: str | None = None  # the last one, while it lasts
         self.problem_since = 0.0
         self.given_up = False
@@ -198,7 +197,8 @@ class Store:
 
         if experiment := self.client.get_experiment_by_name(name):
             return experiment.experiment_id
-        location = (self.root / "mlartifacts" / name).as_uri() if self.is_local else None
+        served = self.uri.startswith(("http:", "https:", "databricks"))  # by what has a place for artifacts
+        location = None if served else (self.root / "mlartifacts" / name).as_uri()
         try:
             return self.client.create_experiment(name, artifact_location=location)
         except MlflowException as error:
