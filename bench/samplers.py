@@ -25,13 +25,12 @@ COLUMNS = ("fid", "recall", "coverage", "class_accuracy")
 def run(full: bool) -> dict:
     """`full` or not: the rows are short."""
     default = load_params(ROOT / "params.yaml").sample.model_dump()
-    changes = {f"sampler-{n}": SHORT + [f"sample.{key}={value}" for key, value in row.items()] for n, row in enumerate(ROWS)}
-    metrics = run_experiments(changes, jobs=2)
-    rows = [{key: default[key] for key in SETTINGS} | row for row in ROWS]
-    return {
-        "short": SHORT,
-        "rows": [row | {c: metrics[name][c] for c in COLUMNS} for row, name in zip(rows, metrics, strict=True)],
-    }
+    rows = {f"sampler-{n}": row for n, row in enumerate(ROWS)}
+    metrics = run_experiments(
+        {name: SHORT + [f"sample.{key}={value}" for key, value in row.items()] for name, row in rows.items()}, jobs=2
+    )
+    settings = {name: {key: default[key] for key in SETTINGS} | row for name, row in rows.items()}
+    return {"short": SHORT, "rows": [settings[name] | {c: metrics[name][c] for c in COLUMNS} for name in rows]}
 
 
 def report(result: dict) -> str:
