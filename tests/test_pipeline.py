@@ -168,10 +168,14 @@ def test_edits_rerun_what_they_change_and_nothing_else(clone: Path) -> None:
     assert train.data.metrics["eval/fid"] == min(fids)
 
 
-def test_forced_repro_gives_the_same_bytes(clone: Path) -> None:
-    before = (clone / "dvc.lock").read_text()
-    assert len(stages_run(run(clone, "dvc", "repro", "-f"))) == 4
-    assert (clone / "dvc.lock").read_text() == before
+@pytest.fixture(scope="module")
+def forced(clone: Path) -> tuple[str, list[crash.Victim]]:
+    """What `dvc.lock` was before each stage was forced to run again, undisturbed, and these stages."""
+    return (clone / "dvc.lock").read_text(), crash.victims(clone)
+
+
+def test_forced_repro_gives_the_same_bytes(clone: Path, forced: tuple[str, list[crash.Victim]]) -> None:
+    assert (clone / "dvc.lock").read_text() == forced[0]
 
 
 @pytest.mark.parametrize(
@@ -202,9 +206,9 @@ def test_a_stopped_stage_says_how_to_go_on_and_does(clone: Path, stage: str, num
     assert mlflow_runs(clone, stage)[-1].info.status == "FINISHED"
 
 
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(clone: Path) -> None:
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(forced: tuple[str, list[crash.Victim]]) -> None:
     kills, faults, seed = 0, [], random.randrange(10**6)
-    for n, (said, struck, wrong) in enumerate(crash.ordeals(crash.victims(clone), 12, random.Random(seed))):
+    for n, (said, struck, wrong) in enumerate(crash.ordeals(forced[1], 12, random.Random(seed))):
         kills += struck
         faults += [f"{said}: {fault}" for fault in wrong]
         if kills >= 4 and n >= 3:  # every stage at least once
@@ -214,7 +218,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(clone: Path) -> None
 
 
 def test_a_full_disk_says_so_and_the_last_good_state_serves(clone: Path) -> None:
-    """On a small file system of its own; by now the clone's trainings keep a state after every window."""
+    """On a small file system of its own."""
     before, resume = (clone / "models/diffusion_model.pth").read_bytes(), clone / ".resume"
     shutil.rmtree(resume)
     resume.mkdir()
