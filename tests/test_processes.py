@@ -85,7 +85,7 @@ def test_whatever_ends_one_process_ends_all_and_the_same_command_goes_on(clone: 
         assert "Traceback" not in errors
         *_, training = mlflow_runs(clone, "train")
         assert run_id in (None, training.info.run_id)
-        assert training.info.status == ("RUNNING" if told is None else "KILLED")  # nobody was left to say so
+        assert training.info.status == "KILLED" or told is None  # then there may be nobody left to say so
         assert reached == 0 or first_step(errors) >= reached
         run_id, reached = training.info.run_id, max(load_state(f)["step"] for f in clone.glob(".resume/*/") if load_state(f))
 
