@@ -35,7 +35,7 @@ FOLDERS = ("data", "models", "output")
 
 @dataclass
 class Victim:
-    """A stage of the pipeline in `folder`, how long its command takes undisturbed, `dvc.lock`, and the files that it must leave."""
+    """A stage of the pipeline in `folder`, how long it takes undisturbed, `dvc.lock`, and the files that it must leave."""
 
     folder: Path
     stage: str
