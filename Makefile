@@ -16,8 +16,9 @@ setup: $(VENV)/.runtime  ## the virtual environment with the pinned packages
 repro: $(VENV)/.runtime  ## download, train, sample and evaluate, as far as something changed
 	dvc repro
 
+# A thread a process: two processes with two each would take turns on two cores, and longer.
 test: $(VENV)/.dev  ## all tests
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 4
 
 lint: $(VENV)/.dev  ## style and mistakes
 	ruff check .

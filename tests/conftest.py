@@ -14,6 +14,18 @@ from ddpm.sources import download
 from ddpm.unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]
+# A file's tests run in one process, in order, and so do those of files that go on from where another left off.
+GOES_ON_FROM = {"test_team": "test_pipeline", "test_views": "test_pipeline", "test_processes": "test_folder"}
+LONGEST = "test_pipeline"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, and the other processes do the rest meanwhile."""
+    group = {item: GOES_ON_FROM.get(item.module.__name__, item.module.__name__) for item in items}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group[item]))
+    items.sort(key=lambda item: group[item] != LONGEST)
 
 
 @pytest.fixture(scope="session")
