@@ -24,16 +24,24 @@ def main() -> None:
     parser.add_argument("preset", choices=names, help="a file of presets/")
     name = parser.parse_args().preset
     from ruamel.yaml import YAML  # `merge` does without
+    from ruamel.yaml.error import MarkedYAMLError
 
     load_params(PARAMS)  # a fault of the user's own is named before a preset hides it
+    path = PRESETS / f"{name}.yaml"
     yaml = YAML()  # the round-trip kind: comments, order and the way of writing stay
     yaml.width = 200
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    params, preset = yaml.load(PARAMS), yaml.load(PRESETS / f"{name}.yaml")
-    changes = list(merge(params, preset or {}))
+    params = yaml.load(PARAMS)
+    try:
+        preset = yaml.load(path)
+    except MarkedYAMLError as error:
+        raise UserError(f"{path}, line {error.problem_mark.line + 1}: not YAML ({error.problem})") from None
+    if not isinstance(preset, dict):
+        raise UserError(f"{path}: has no sections; it needs some of those of {PARAMS}")
+    changes = list(merge(params, preset))
     text = io.StringIO()
     yaml.dump(params, text)
-    parse_params(text.getvalue(), PRESETS / f"{name}.yaml")
+    parse_params(text.getvalue(), path)
     write_atomic(PARAMS, text.getvalue().encode())
     print("\n".join(changes) or f"{PARAMS} has the values of {name} already")
 
@@ -41,8 +49,8 @@ def main() -> None:
 def merge(params: Any, preset: Any, path: str = "") -> Iterator[str]:
     """Put the values of the nested mapping `preset` into `params`; yields a line for each that differed."""
     for key, value in preset.items():
-        if isinstance(value, dict):
-            yield from merge(params.setdefault(key, {}), value, f"{path}{key}.")
+        if isinstance(value, dict) and isinstance(params.setdefault(key, {}), dict):
+            yield from merge(params[key], value, f"{path}{key}.")
         elif key not in params or params[key] != value:
             yield f"{path}{key}: {shown(params.get(key))} → {shown(value)}"
             params[key] = value

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from xdist.scheduler import LoadFileScheduling
 
 from ddpm.checkpoint import save_model
 from ddpm.data import FILES
@@ -14,18 +15,23 @@ from ddpm.sources import download
 from ddpm.unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]
-# A file's tests run in one process, in order, and so do those of files that go on from where another left off.
-GOES_ON_FROM = {"test_team": "test_pipeline", "test_views": "test_pipeline", "test_processes": "test_folder"}
-LONGEST = "test_pipeline"
+# `make test` runs a process a core. A file's tests stay in one, and so do those of files that share a run of the pipeline.
+SHARED = {"test_team.py": "test_pipeline.py", "test_views.py": "test_pipeline.py", "test_processes.py": "test_folder.py"}
+LONGEST = "test_pipeline.py"
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first, and the other processes do the rest meanwhile."""
-    group = {item: GOES_ON_FROM.get(item.module.__name__, item.module.__name__) for item in items}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group[item]))
-    items.sort(key=lambda item: group[item] != LONGEST)
+    """What takes longest comes first, so that the other processes do the rest meanwhile."""
+    items.sort(key=lambda item: SHARED.get(item.path.name, item.path.name) != LONGEST)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log) -> LoadFileScheduling:
+    class LoadSharedScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            name = super()._split_scope(nodeid).rpartition("/")[2]
+            return SHARED.get(name, name)
+
+    return LoadSharedScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -85,9 +85,14 @@ def test_an_unknown_preset_is_named_beside_those_there_are(folder):
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ("train:\n  steps: -1\n", "train.steps: -1 should be"),
-        ("train:\n  stepz: 5\n", "train.stepz: there is no such key; did you mean steps?"),
-        ("trains:\n  steps: 5\n", "trains: there is no such key; did you mean train?"),
+        ("train:\n  steps: -1\n", ": train.steps: -1 should be"),
+        ("train:\n  stepz: 5\n", ": train.stepz: there is no such key; did you mean steps?"),
+        ("trains:\n  steps: 5\n", ": trains: there is no such key; did you mean train?"),
+        ("train:\n  steps:\n    many: 5\n", ": train.steps: {'many': 5} should be a whole number"),
+        ("train: 5\n", ": train: 5 should be a section of keys"),
+        ("- train\n", ": has no sections"),
+        ("", ": has no sections"),
+        ("train:\n  steps: [\n", ", line 3: not YAML ("),
     ],
 )
 def test_a_preset_that_does_not_fit_changes_nothing(folder, content, fault):
@@ -95,5 +100,5 @@ def test_a_preset_that_does_not_fit_changes_nothing(folder, content, fault):
     before = (folder / "params.yaml").read_bytes()
     done = preset(folder, "bad")
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: presets/bad.yaml: {fault}")
+    assert done.stderr.startswith(f"error: presets/bad.yaml{fault}")
     assert (folder / "params.yaml").read_bytes() == before
