@@ -92,12 +92,16 @@ def guard(name: str, images: Tensor) -> Tensor:
 class Ours(Contender):
     """The default model, or the one of `p`; labels are dropped as in its own training."""
 
+    name = "this project"
+    learning_rate = 4e-3
+
     def __init__(self, p: TrainParams | None = None, conditional: bool = True):
         self.p = (p or load_params(ROOT / "params.yaml").train).model_copy(
             update={"label_dropout": LABEL_DROPOUT if conditional else 1.0}
         )
-        self.conditional, self.learning_rate = conditional, self.p.learning_rate
-        self.name = "this project" if conditional else "this project, without classes"
+        self.conditional = conditional
+        if not conditional:
+            self.name += ", without classes"
         torch.manual_seed(self.p.seed)
         self.model = UNet(**self.p.model.model_dump()).to(memory_format=torch.channels_last)
         self.optimizers = training.make_optimizers(self.p, self.model)
