@@ -18,7 +18,7 @@ STEPS, COUNT = {Ours: 2900} | dict.fromkeys(PEERS, 300), 500  # some five minute
 
 
 def run(full: bool) -> dict:
-    """`full` or not: two hours. What was judged before an interruption is kept, and not done again."""
+    """`full` or not: two and a half hours. What was judged before an interruption is kept, and not done again."""
     images, labels = load_split(ROOT / "data/FashionMNIST/raw", "train")
     here, fid = Path(__file__).parent, judge(images)
     of = fingerprint(machine()["versions"], [here / "rates.py", here / "contenders.py"])
