@@ -36,6 +36,7 @@ def machine() -> dict:
     cpu = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine()
     )
+    cpu += f" with {torch.backends.cpu.get_cpu_capability()}"  # the same name may be twice as fast
     gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     versions = {}
     for package in PACKAGES:

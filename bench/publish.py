@@ -30,7 +30,7 @@ import classes
 import run as bench
 from contenders import ROOT
 from ddpm import pretrained
-from ddpm.checkpoint import load_model
+from ddpm.checkpoint import MODEL, load_model
 from ddpm.files import file_sha256, serialise, write_atomic
 from ddpm.params import UserError, between, clean_errors
 from ddpm.resume import fingerprint
@@ -42,7 +42,6 @@ COPIED = ("src", "bench", "presets", "models", "docs", "README.md", "params.yaml
 PARTS = ("guidance", "classes", "cas")
 PRESETS = ("h100", "smoke")  # whose model knows classes
 MADE = (pretrained.MODEL.name, pretrained.CARD.name, "runs.zip", "samples.npz", "pictures.zip", "results.zip")
-MODEL = Path("models/diffusion_model.pth")
 METRICS = Path("output/metrics/evaluate.json")
 PICTURES = ("output/*.png", "output/*.gif", "output/plots/*.tsv")
 ENOUGH = 10_000  # samples; fewer are a trial, and not worth the time of the bench

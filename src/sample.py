@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm import tracking
+from ddpm.checkpoint import MODEL
 from ddpm.data import to_uint8
 from ddpm.device import enough_memory, select_device
 from ddpm.distributed import ALONE, Group
@@ -27,7 +28,6 @@ from ddpm.resume import fingerprint, imported_source
 from ddpm.samplers import ImageNoise
 from ddpm.stage import perform
 
-MODEL = Path("models/diffusion_model.pth")
 OUTPUT = Path("output")
 GRID_COLUMNS = 10
 STRIP_ROWS, STRIP_COLUMNS, GIF_FRAMES = 10, 11, 41

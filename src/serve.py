@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from ddpm import pretrained
+from ddpm.checkpoint import MODEL
 from ddpm.device import select_device
 from ddpm.figures import png, sheet
 from ddpm.generation import Generator
@@ -28,7 +29,6 @@ from ddpm.params import SampleParams, Stopped, UserError, between, clean_errors,
 from ddpm.serving import Request, encoded, respond
 from ddpm.tracking import registry
 
-MODEL = Path("models/diffusion_model.pth")
 HOST, PORT = "127.0.0.1", 8000
 COLUMNS = 10
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm import tracking
-from ddpm.checkpoint import save_model
+from ddpm.checkpoint import MODEL, save_model
 from ddpm.data import digest, load_data, raw_folder
 from ddpm.device import can_compile, enough_memory, select_device
 from ddpm.distributed import Group, is_worker
@@ -25,7 +25,6 @@ from ddpm.schedule import terminal_warning
 from ddpm.stage import perform
 from ddpm.training import PREVIEW_ROWS, Data, Log, Trained, architecture, train, use_bfloat16
 
-MODEL = Path("models/diffusion_model.pth")
 METRICS = Path("output/metrics/train.json")
 PLOTS = Path("output/plots")
 

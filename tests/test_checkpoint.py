@@ -10,7 +10,7 @@ from ddpm.unet import UNet
 SMALL = {"channels": [8, 16], "blocks": 1, "attention": [7], "heads": 2, "dropout": 0.1, "patch_size": 2}
 DIFFUSION = {"timesteps": 50, "schedule": "cosine", "prediction": "v", "min_snr_gamma": 5.0}
 CPU = torch.device("cpu")
-ANEW = "`dvc repro train` makes it anew"
+ANEW = "`dvc repro train` makes models/diffusion_model.pth anew"
 
 
 def random_unet(seed: int = 0, **changes) -> UNet:

@@ -116,7 +116,7 @@ def test_serialised_bytes_do_not_depend_on_the_file(tmp_path):
 
 def test_tensors_come_back_equal(tmp_path):
     write_atomic(tmp_path / "w.pth", serialise(WEIGHTS))
-    content = load_tensors(tmp_path / "w.pth", {"weights", "width"}, "make w")
+    content = load_tensors(tmp_path / "w.pth", {"weights", "width"}, "`make w` makes it")
     assert content.keys() == WEIGHTS.keys()
     assert content["width"] == 64
     assert torch.equal(content["weights"]["layer"], WEIGHTS["weights"]["layer"])
@@ -145,7 +145,7 @@ def test_damaged_weights_are_refused(tmp_path, data):
     path = tmp_path / "w.pth"
     path.write_bytes(data)
     with pytest.raises(UserError) as caught:
-        load_tensors(path, {"weights", "width"}, "make w")
+        load_tensors(path, {"weights", "width"}, "`make w` makes it")
     assert str(caught.value) == f"{path}: {DAMAGED}"
 
 
@@ -155,7 +155,7 @@ def test_no_flipped_bit_changes_what_is_loaded(tmp_path):
     for at in range(0, len(WHOLE), len(WHOLE) // 100):
         path.write_bytes(flip(WHOLE, at))
         try:
-            content = load_tensors(path, {"weights", "width"}, "make w")
+            content = load_tensors(path, {"weights", "width"}, "`make w` makes it")
         except UserError as error:
             assert str(error).startswith(f"{path}: ")
             refused += 1
@@ -168,11 +168,11 @@ def test_no_flipped_bit_changes_what_is_loaded(tmp_path):
 def test_no_file_and_a_folder(tmp_path):
     path = tmp_path / "w.pth"
     with pytest.raises(UserError) as caught:
-        load_tensors(path, set(), "make w")
+        load_tensors(path, set(), "`make w` makes it")
     assert str(caught.value) == f"{path}: there is no such file; `make w` makes it"
     path.mkdir()
     with pytest.raises(UserError) as caught:
-        load_tensors(path, set(), "make w")
+        load_tensors(path, set(), "`make w` makes it")
     assert str(caught.value) == f"{path}: can't be read (Is a directory)"
 
 
@@ -189,7 +189,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, write):
     path, trace = tmp_path / "w.pth", tmp_path / "the-code-ran"
     write({"weights": Payload(trace), "width": 1}, path)
     with pytest.raises(UserError) as caught:
-        load_tensors(path, {"weights", "width"}, "make w")
+        load_tensors(path, {"weights", "width"}, "`make w` makes it")
     assert str(caught.value) == f"{path}: {DAMAGED}"
     assert not trace.exists()
     pickle.loads(pickle.dumps(Payload(trace)))  # the payload does work
@@ -210,5 +210,5 @@ def test_other_programs_files_are_refused(tmp_path, content, lacks):
     path = tmp_path / "w.pth"
     write_atomic(path, serialise(content))
     with pytest.raises(UserError) as caught:
-        load_tensors(path, {"weights", "width"}, "make w")
+        load_tensors(path, {"weights", "width"}, "`make w` makes it")
     assert str(caught.value) == f"{path}: made by another program or version (it lacks {lacks}); `make w` makes it anew"

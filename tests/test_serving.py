@@ -24,6 +24,7 @@ from ddpm.serving import Request, class_numbers, respond
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLING = load_params(ROOT / "params.yaml").sample
+REMEDY = "`dvc repro train` makes models/diffusion_model.pth"
 BAD = [  # of a query, and what is said of it
     ("classes=T-shirt", "classes: ['T-shirt'] should be a list of classes, by name or number; did you mean T-shirt/top?"),
     ("classes=Bagg", "classes: ['Bagg'] should be a list of classes, by name or number; did you mean Bag?"),
@@ -198,8 +199,8 @@ def test_eight_clients_at_once_get_what_each_would_get_alone(server):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere.pth"], "error: nowhere.pth: there is no such file; `dvc repro train` makes it\n"),
-        (["params.yaml"], "error: params.yaml: damaged, or not a file of weights alone; `dvc repro train` makes it anew\n"),
+        (["nowhere.pth"], f"error: nowhere.pth: there is no such file; {REMEDY}\n"),
+        (["params.yaml"], f"error: params.yaml: damaged, or not a file of weights alone; {REMEDY} anew\n"),
     ],
 )
 def test_it_does_not_start_without_a_model(arguments, message):

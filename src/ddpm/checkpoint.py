@@ -12,8 +12,9 @@ from ddpm.files import load_tensors, serialise, write_atomic
 from ddpm.params import UserError
 from ddpm.unet import UNet
 
-MADE_BY = "dvc repro train"
+MODEL = Path("models/diffusion_model.pth")
 PRETRAINED = Path("models/pretrained/fashion_ddpm.pth")  # comes with the repository
+REMEDIES = {MODEL: "`dvc repro train` makes it", PRETRAINED: f"`git checkout {PRETRAINED}` makes it"}
 
 
 def save_model(
@@ -30,15 +31,13 @@ def load_model(path: Path, device: torch.device) -> tuple[UNet, Diffusion, float
 
     Raises UserError if the file is missing, damaged, not a model, or its weights don't fit the network that it describes.
     """
-    made_by = f"git checkout {PRETRAINED}" if path == PRETRAINED else MADE_BY
-    content = load_tensors(path, {"weights", "unet", "diffusion", "label_dropout"}, made_by)
+    remedy = REMEDIES.get(path, f"`dvc repro train` makes {MODEL}")
+    content = load_tensors(path, {"weights", "unet", "diffusion", "label_dropout"}, remedy)
     try:
         model, diffusion = UNet(**content["unet"]), Diffusion(**content["diffusion"])
         model.load_state_dict(content["weights"])
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path}: its weights are not those of the network that it describes ({reason}); `{made_by}` makes it anew"
-        ) from None
+        raise UserError(f"{path}: its weights are not those of the network that it describes ({reason}); {remedy} anew") from None
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return model, diffusion.to(device), content["label_dropout"], content.get("classes", list(CLASSES))

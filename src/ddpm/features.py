@@ -69,7 +69,7 @@ def load_classifier(path: Path, data: str = FASHION_MNIST) -> Classifier:
         raise UserError(f"{card}: there is no such file; `{made_by}` makes it together with {path.name}") from None
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{card}: holds no sha256 and data of {path.name}; `{made_by}` makes both anew") from None
-    weights = load_tensors(path, {"weights"}, made_by)["weights"]
+    weights = load_tensors(path, {"weights"}, f"`{made_by}` makes it")["weights"]
     if file_sha256(path) != expected:
         raise UserError(f"{path}: not the classifier that {card.name} describes (SHA-256 differs); FIDs would not compare")
     if trained_on != data:

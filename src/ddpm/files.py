@@ -115,11 +115,11 @@ def serialise(obj: object) -> bytes:
     return buffer.getvalue()
 
 
-def load_tensors(path: Path, keys: set[str], made_by: str) -> dict:
+def load_tensors(path: Path, keys: set[str], remedy: str) -> dict:
     """Load a dictionary of tensors and plain values that has at least `keys`, onto the CPU.
 
-    Never runs code from the file (`weights_only=True`). Raises UserError, naming the command `made_by` as the way to a
-    good file, if the file is missing, damaged, holds code, or lacks a key.
+    Never runs code from the file (`weights_only=True`). Raises UserError if the file is missing, damaged, holds code, or
+    lacks a key; its message ends with `remedy`, such as "`make w` makes it".
     """
     try:
         file = io.BytesIO(path.read_bytes())
@@ -128,12 +128,12 @@ def load_tensors(path: Path, keys: set[str], made_by: str) -> dict:
         file.seek(0)
         content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; `{made_by}` makes it") from None
+        raise UserError(f"{path}: there is no such file; {remedy}") from None
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
-        raise UserError(f"{path}: damaged, or not a file of weights alone; `{made_by}` makes it anew") from None
+        raise UserError(f"{path}: damaged, or not a file of weights alone; {remedy} anew") from None
     missing = sorted(keys - content.keys()) if isinstance(content, dict) else sorted(keys)
     if missing:
-        raise UserError(f"{path}: made by another program or version (it lacks {', '.join(missing)}); `{made_by}` makes it anew")
+        raise UserError(f"{path}: made by another program or version (it lacks {', '.join(missing)}); {remedy} anew")
     return content
