@@ -2,9 +2,9 @@
 
 A peer's blocks, loss, noise schedule, sampler and form of guidance are its package's own. What its examples leave to the user
 is our choice: widths that suit 28 × 28 (its examples' where they are for such images). Everyone has the best of the learning
-rates that rates.py tried, and it stays constant. Equal for all: batch size, data in memory, warm-up over 100 steps, clipping at norm 1,
-a tenth of the labels dropped where there are classes, samples from an average of the weights, and guidance by a scale of 1.75,
-which was chosen for this project, and whose two passes a step count as two evaluations.
+rates that rates.py tried, and it stays constant. Equal for all: batch size, data in memory, warm-up over 100 steps, clipping
+at norm 1, a tenth of the labels dropped where there are classes, samples from an average of the weights, and guidance by a
+scale of 1.75, which was chosen for this project, and whose two passes a step count as two evaluations.
 """
 
 import copy
