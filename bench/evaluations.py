@@ -1,8 +1,7 @@
 """Quality against network evaluations: every sampler at every budget, from the one checkpoint of the default run."""
 
-from pathlib import Path
-
 from contenders import ROOT
+from ddpm.checkpoint import MODEL
 from ddpm.data import load_split
 from ddpm.params import load_params
 from measure import drawn, judge, table
@@ -18,7 +17,7 @@ def run(full: bool) -> dict:
     for sampler, budgets in (FULL if full else SHORT).items():
         for steps in budgets:
             how = {"sampler": sampler, "steps": steps, "spacing": "tapered", "guidance_scale": 1.0}
-            images, _ = drawn(Path("models/diffusion_model.pth"), sampling, count, **how)
+            images, _ = drawn(MODEL, sampling, count, **how)
             rows.setdefault(sampler, {})[str(steps)] = fid(images)
             print(f"{sampler}, {steps} evaluations: fid {rows[sampler][str(steps)]:.4f}", flush=True)
     return {"samples": count, "rows": rows}
