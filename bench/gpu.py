@@ -1,10 +1,11 @@
-"""`python bench/gpu.py`: what a GPU makes of this project and its peers, in one command.
+"""`python bench/gpu.py [part …]`: what a GPU makes of this project and its peers, in one command.
 
-Its table comes last. It needs data/FashionMNIST/raw, and of requirements.txt neither DVC nor MLflow (a training keeps its
-journal). The default pipeline runs twice, in copies of the repository, to compare bytes. (For the large model: `python
-src/preset.py h100`, then src/train.py, sample.py and evaluate.py. A training that is stopped goes on when started again.)
+Its table comes last, and its figures are in bench/results/gpu.json, part by part, so that what a limit of time cut off can be
+asked for by name: rates, default, peers, fast, helped. It needs data/FashionMNIST/raw, and of requirements.txt neither DVC nor
+MLflow (a training keeps its journal). The default pipeline runs twice, in copies of the repository, to compare bytes.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -27,65 +28,71 @@ from ddpm import training
 from ddpm.data import RAW, load_split, to_model_range
 from ddpm.device import can_compile, select_device
 from ddpm.files import file_sha256
-from ddpm.params import clean_errors, load_params
-from measure import Rates, gemm_rate, gflop, seconds, table
+from ddpm.params import UserError, clean_errors, load_params
+from measure import Rates, gemm_rate, gflop, keep, kept, machine, seconds, table
 
 BATCH, STEPS = 512, 300
 MATRIX = 8192  # the side of the matrices that measure the rate
+STAGES = ("train", "sample", "evaluate")
 aten = torch.ops.aten
 DENSE = {aten.convolution, aten.convolution_backward, aten.mm, aten.addmm, aten.bmm}
 
+Figures = Iterator[tuple[str, float | str]]
+
 
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else "cuda"
-    device = select_device(name)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="part", help=f"all by default: {', '.join(PARTS)}")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    device = select_device(options.device)
     data = training.Data(*(x.to(device) for split in ("train", "test") for x in load_split(ROOT / RAW, split)))
-    rows: list[list[str]] = []
+    result = kept("gpu") or {}
+    for name in options.parts or PARTS:
+        result |= {"on": machine(), name: (figures := {})}
+        for figure, value in PARTS[name](device, data):
+            figures[figure] = value
+            print(f"{name}: {figure}: {value}", flush=True)
+            keep("gpu", result)
+    print(report(result))
 
-    def add(what: str, value: str) -> None:
-        rows.append([what, value])
-        print(f"{what}: {value}", flush=True)
 
-    matrix, memory = gemm_rate(device, torch.bfloat16, MATRIX), memory_rate(device)
-    add("bf16 matrix rate", f"{matrix / 1000:.1f} TFLOP/s")
-    add("memory rate", f"{memory:.0f} GB/s")
-    training_rates(device, data, matrix, memory, add)
-    default_run(name, add)
-    model = torch.cuda.get_device_name(device) if device.type == "cuda" else "the processor"
-    print(table([f"{model}, PyTorch {torch.__version__}", f"training in bf16, batch {BATCH}"], rows))
+def rates(device: torch.device, data: training.Data) -> Figures:
+    """What the device can do, and how much of that this project's training takes."""
+    yield "matrix products, TFLOP/s", gemm_rate(device, torch.bfloat16, MATRIX) / 1000
+    yield "memory, GB/s", memory_rate(device)
+    yield "images/s", own_rate(device, data)
+    work, traffic = cost_of_an_image(device)
+    yield "GFLOP an image", work
+    yield "MB an image", 1000 * traffic
+
+
+def fast(device: torch.device, data: training.Data) -> Figures:
+    """With `runtime.deterministic: false`."""
+    select_device(str(device), deterministic=False)
+    yield "images/s", own_rate(device, data)
+    select_device(str(device))
+
+
+def peers(device: torch.device, data: training.Data) -> Figures:
+    """As they come: eager, on batches from the host."""
+    for peer in PEERS:
+        yield peer.name, peer_rate(peer(), device, data, helped=False)
+
+
+def helped(device: torch.device, data: training.Data) -> Figures:
+    """As this project's own model is: compiled, channels_last, the data on the device."""
+    for peer in PEERS:
+        try:
+            yield peer.name, peer_rate(peer(), device, data, helped=True)
+        except Exception as error:  # what a compiler makes of somebody else's model
+            yield peer.name, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
 
 
 def memory_rate(device: torch.device) -> float:
     """GB/s of a copy on the device, read and written bytes together."""
     x = torch.empty(2**28, device=device)
     return 2 * 4 * 2**28 / min(seconds(x.clone, device, 5) for _ in range(3)) / 1e9
-
-
-def training_rates(device: torch.device, data: training.Data, matrix: float, memory: float, add: Callable) -> None:
-    """This project's own loop beside each peer's model, eager on batches from the host, and helped as this project's is."""
-    ours = own_rate(device, data)
-    add("this project: training", f"{ours:,.0f} images/s")
-    select_device(str(device), deterministic=False)
-    faster = own_rate(device, data)
-    select_device(str(device))
-    add("this project: training with runtime.deterministic: false", f"{faster:,.0f} images/s, {faster / ours:.2f} times as many")
-    work, traffic = cost_of_an_image(device)
-    add("this project: share of the matrix rate", f"{ours * work / matrix:.1%}, of {work:.3f} GFLOP an image")
-    add(
-        "this project: share of the memory rate",
-        f"{ours * traffic / memory:.1%}, of {1000 * traffic:.1f} MB an image, were there no caches",
-    )
-    for peer in PEERS:
-        for how, helped in (("eager, data on the host", False), ("compiled, channels_last, data on the device", True)):
-            try:
-                rate = peer_rate(peer(), device, data, helped)
-            except ImportError:
-                add(peer.name, "not installed here")
-                break
-            except Exception as error:  # what a compiler makes of somebody else's model
-                add(f"{peer.name}: {how}", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}")
-                continue
-            add(f"{peer.name}: {how}", f"{rate:,.0f} images/s; this project's are {ours / rate:.2f} times as many")
 
 
 def own_rate(device: torch.device, data: training.Data) -> float:
@@ -152,10 +159,9 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-def default_run(device: str, add: Callable) -> None:
-    """The default parameters from the first step to the finished grid, in a copy of the repository, twice from nothing."""
+def default(device: torch.device, _data: training.Data) -> Figures:
+    """The default parameters from the first step to the finished grid and its metrics, twice from nothing."""
     outputs = ("models/diffusion_model.pth", "output/samples.npz", "output/metrics/evaluate.json")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
     digests = []
     for run in ("first", "second"):
         with tempfile.TemporaryDirectory() as folder:
@@ -163,22 +169,53 @@ def default_run(device: str, add: Callable) -> None:
             for name in ("src", "data", "models"):
                 shutil.copytree(ROOT / name, here / name)
             params = yaml.safe_load((ROOT / "params.yaml").read_text())
-            params["runtime"] |= {"device": device}
+            params["runtime"] |= {"device": str(device)}
             (here / "params.yaml").write_text(yaml.safe_dump(params))
+            environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
             environment |= {"TORCHINDUCTOR_CACHE_DIR": str(here / "inductor"), "TRITON_CACHE_DIR": str(here / "triton")}
-            spent = []
-            for stage in ("train", "sample", "evaluate"):
+            for stage in STAGES:
                 began, command = time.monotonic(), [sys.executable, f"src/{stage}.py"]
                 done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
                 if done.returncode:
-                    add(f"default parameters, {run} run", f"{stage} failed: {(done.stderr.splitlines() or [''])[-1]}")
-                    return
-                spent.append(f"{stage} {time.monotonic() - began:.1f} s")
-            add(f"default parameters, {run} run", f"{', '.join(spent)}, with imports and compilation")
+                    raise UserError(f"{run} default run: {stage} failed: {(done.stderr.splitlines() or [''])[-1]}")
+                yield f"{run} run: {stage}, s", time.monotonic() - began
             digests.append([file_sha256(here / path) for path in outputs])
             metrics = json.loads((here / outputs[-1]).read_text())
-    add("default parameters: fid", f"{metrics['fid']:.4f}, {metrics['fid'] / metrics['fid_floor']:.1f} times the floor")
-    add("default parameters: the same bytes in both runs", "yes" if digests[0] == digests[1] else "no")
+            yield from ((name, metrics[name]) for name in ("fid", "fid_floor"))
+    yield "the same bytes", "yes" if digests[0] == digests[1] else "no"
+
+
+PARTS = {"rates": rates, "default": default, "peers": peers, "helped": helped, "fast": fast}
+
+
+def report(result: dict) -> str:
+    tables, ours = [], result["rates"]["images/s"]
+    rows = [["this project", f"{ours:,.0f}", ""]]
+    if "fast" in result:
+        value = result["fast"]["images/s"]
+        rows.append(["this project, `runtime.deterministic: false`", f"{value:,.0f}", f"{ours / value:.2f}"])
+    for part, how in (("peers", "eager, data on the host"), ("helped", "compiled, channels_last, data on the device")):
+        for name, value in result.get(part, {}).items():
+            shown = [value, ""] if isinstance(value, str) else [f"{value:,.0f}", f"{ours / value:.2f}"]
+            rows.append([f"{name}: {how}", *shown])
+    tables.append(table([f"training in bf16, batch {BATCH}", "images/s", "this project's are so many times as many"], rows))
+
+    r = result["rates"]
+    matrix, memory = r["matrix products, TFLOP/s"], r["memory, GB/s"]
+    shares = [
+        ["matrix products", f"{matrix:.0f} TFLOP/s", f"{ours * r['GFLOP an image'] / 1000 / matrix:.1%}"],
+        ["memory", f"{memory:,.0f} GB/s", f"{ours * r['MB an image'] / 1000 / memory:.1%}"],
+    ]
+    tables.append(table(["", "measured here", "this project's training takes"], shares))
+    if d := result.get("default"):
+        runs = [run for run in ("first", "second") if f"{run} run: evaluate, s" in d]
+        rows = [[f"{run} run", *(f"{d[f'{run} run: {stage}, s']:.1f} s" for stage in STAGES)] for run in runs]
+        note = f"`fid` {d['fid']:.4f}, {d['fid'] / d['fid_floor']:.1f} times the floor."
+        note += f" The same bytes in both runs: {d['the same bytes']}." if len(runs) == 2 else ""
+        tables += [table(["default parameters, from nothing", *STAGES], rows), note]
+    m = result["on"]
+    made = f"`python bench/gpu.py`, {m['date']}; {m['processor']}; Python {m['python']}, PyTorch {m['versions']['torch']}"
+    return "\n\n".join([*tables, f"<sub>{made}.</sub>"])
 
 
 if __name__ == "__main__":

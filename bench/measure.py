@@ -19,10 +19,13 @@ from tqdm import tqdm
 
 from contenders import ROOT, SAMPLE_SEED, guard
 from ddpm import pretrained
+from ddpm.data import to_model_range
 from ddpm.device import select_device
 from ddpm.features import Classifier, extract, extract_cached, load_classifier
+from ddpm.files import file_sha256
 from ddpm.generation import Generator, batches
 from ddpm.params import SampleParams
+from evaluate import load_samples
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "denoising-diffusion-pytorch", "smalldiffusion", "mlflow", "dvc")
@@ -127,7 +130,8 @@ def drawn(model: Path, sampling: SampleParams, count: int, **changes: object) ->
     p = sampling.model_copy(update={"classes": "all", "seed": SAMPLE_SEED, "count": count, **changes})
     generator, images, labels = Generator(ROOT / model, select_device("auto")), [], []
     generator.check(p)
-    for first, classes in tqdm(batches(generator.class_ids(p), count), unit="batch", desc=" ".join(map(str, changes.values()))):
+    todo = batches(generator.class_ids(p), count, generator.batch_size)
+    for first, classes in tqdm(todo, unit="batch", desc=" ".join(map(str, changes.values()))):
         *_, x = generator.walk(classes, p, first)
         images.append(guard("this project", x))
         labels.append(classes)
@@ -135,7 +139,15 @@ def drawn(model: Path, sampling: SampleParams, count: int, **changes: object) ->
 
 
 def published(count: int, **changes: object) -> tuple[Tensor, Tensor]:
-    """The same of the model that comes with the repository, as its card says but for these changes."""
+    """The same of the model that comes with the repository, as its card says but for these changes.
+
+    Without changes, the samples that its card's metrics are of, where they are at hand.
+    """
+    kept = ROOT / pretrained.SAMPLES
+    if not changes and kept.exists():
+        images, labels, checkpoint = load_samples(kept)
+        if len(images) >= count and checkpoint == file_sha256(ROOT / pretrained.MODEL):
+            return guard("this project", to_model_range(images[:count])), labels[:count]
     return drawn(pretrained.MODEL, pretrained.sampling(ROOT), count, **changes)
 
 

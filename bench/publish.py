@@ -12,6 +12,7 @@ docs/ and bench/results.
 
 import argparse
 import csv
+import io
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ import zlib
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import torch
 import yaml
 
@@ -39,9 +41,10 @@ from models import table_of_metrics
 from preset import merge
 
 COPIED = ("src", "bench", "presets", "models", "docs", "README.md", "params.yaml")
-PARTS = ("guidance", "classes", "cas")
+PARTS = ("classes", "cas")  # and guidance before, which chooses the scale
 PRESETS = ("h100", "smoke")  # whose model knows classes
-MADE = (pretrained.MODEL.name, pretrained.CARD.name, "runs.zip", "samples.npz", "pictures.zip", "results.zip")
+KEPT = (pretrained.MODEL.name, pretrained.CARD.name, "runs.zip", pretrained.SAMPLES.name)
+MADE = (*KEPT, "pictures.zip", "results.zip")
 METRICS = Path("output/metrics/evaluate.json")
 PICTURES = ("output/*.png", "output/*.gif", "output/plots/*.tsv")
 ENOUGH = 10_000  # samples; fewer are a trial, and not worth the time of the bench
@@ -114,14 +117,30 @@ class Work:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def evaluated(self, name: str, count: int) -> dict[str, float]:
-        """The metrics of that many samples of the model at hand."""
+        """The metrics of that many samples of the model at hand; those are the first of what there is of it, if enough."""
         path = self.root / f"{name}.json"
         if not path.exists():
             self.write_params(count=count)
-            self.step(f"{name}: sample", "src/sample.py")
+            if not self.keep_first(count):
+                self.step(f"{name}: sample", "src/sample.py")
             self.step(f"{name}: evaluate", "src/evaluate.py")
             shutil.copy(self.root / METRICS, path)
         return json.loads(path.read_text())
+
+    def keep_first(self, count: int) -> bool:
+        """Of the samples that are there; False where they are fewer, or another model's. Image i is the same in any number."""
+        path = self.root / "output/samples.npz"
+        if not path.exists():
+            return False
+        with np.load(path) as archive:
+            content = dict(archive)
+        if len(content["images"]) < count or content["checkpoint_sha256"] != file_sha256(self.root / MODEL):
+            return False
+        content |= {name: content[name][:count] for name in ("images", "labels")}
+        archive = io.BytesIO()
+        np.savez_compressed(archive, **content)
+        write_atomic(path, archive.getvalue())
+        return True
 
 
 def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
@@ -133,6 +152,17 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
     work.write_params(count=count)
     work.step("train", "src/train.py")
     model = work.root / MODEL
+    results: list[Path] = []
+
+    def measure(part: str) -> None:
+        work.step(f"bench: {part}", "bench/run.py", "--full", part)
+        results.extend([RESULTS / f"{part}.json", *([classes.PICTURE] if part == "classes" else [])])
+
+    if count == ENOUGH:
+        publish(work, {"params": work.settings})
+        measure("guidance")
+        tried = json.loads((work.root / "bench/results/guidance.json").read_text())["rows"]
+        work.settings["sample"]["guidance_scale"] = float(min(tried, key=lambda scale: tried[scale]["fid"]))
     as_trained = work.evaluated("as trained", count)
     if "runs" not in work.done:
         pack_runs(work.root, work.root / "runs.zip")
@@ -162,26 +192,33 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
         "curves": {split: curve(work.root / f"output/plots/{split}.tsv") for split in ("train", "validation")},
         "params": work.settings,
     }
-    (work.root / pretrained.FOLDER).mkdir(exist_ok=True)
-    shutil.copy(model, work.root / pretrained.MODEL)
-    (work.root / pretrained.CARD).write_text(json.dumps(card, indent=1) + "\n")
-    results: list[Path] = []
-    if count == ENOUGH:
-        for part in PARTS:
-            work.step(f"bench: {part}", "bench/run.py", "--full", part)
-        results = [classes.PICTURE, *(RESULTS / f"{part}.json" for part in PARTS)]
+    publish(work, card)
+
+    def leave_results() -> None:
+        pack(out / "results.zip", work.root, [work.root / path.relative_to(ROOT) for path in results])
 
     out.mkdir(parents=True, exist_ok=True)
-    for path in (pretrained.MODEL, pretrained.CARD, "output/samples.npz", "runs.zip"):
+    shutil.copy(work.root / "output/samples.npz", work.root / pretrained.SAMPLES)
+    for path in (pretrained.MODEL, pretrained.CARD, pretrained.SAMPLES, "runs.zip", work.log):
         shutil.copy(work.root / path, out)
     pack(out / "pictures.zip", work.root, [path for pattern in PICTURES for path in work.root.glob(pattern)])
-    pack(out / "results.zip", work.root, [work.root / path.relative_to(ROOT) for path in results])
+    leave_results()
+    for part in PARTS if count == ENOUGH else ():  # the model is out by now: where time runs out, these are what is lost
+        measure(part)
+        leave_results()
     work.say(f"done in {sum(work.seconds.values()):.0f} s; all of it is in {out}")
     shutil.copy(work.log, out)
     for path in out.iterdir():
         if path.stat().st_size > LIMIT:
             print(f"warning: {path} has {path.stat().st_size:,} bytes, more than {LIMIT:,}", file=sys.stderr)
     print(table_of_metrics({card["preset"]: card}))
+
+
+def publish(work: Work, card: dict) -> None:
+    """Put the model at hand and its card where the copy's bench finds them."""
+    (work.root / pretrained.FOLDER).mkdir(exist_ok=True)
+    shutil.copy(work.root / MODEL, work.root / pretrained.MODEL)
+    (work.root / pretrained.CARD).write_text(json.dumps(card, indent=1) + "\n")
 
 
 def curve(path: Path) -> list[tuple[int, float]]:
@@ -251,7 +288,7 @@ def take(out: Path) -> None:
     load_model(out / "fashion_ddpm.pth", torch.device("cpu"))
     folder = ROOT / pretrained.FOLDER
     folder.mkdir(exist_ok=True)
-    for name in MADE[:3]:
+    for name in KEPT:
         shutil.copy(out / name, folder)
     with zipfile.ZipFile(out / "results.zip") as archive:
         archive.extractall(ROOT)

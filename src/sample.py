@@ -80,14 +80,16 @@ def draw(generator: Generator, p: SampleParams, folder: Path, group: Group = ALO
     Every process of `group` draws its share of the batches; only the first gets the images, the others None. A batch that is
     drawn is kept in `folder`, so that an interrupted run draws only what it lacks.
     """
-    mine = group.share(batches(generator.class_ids(p), p.count))
+    mine = group.share(batches(generator.class_ids(p), p.count, generator.batch_size))
     images, history, drawn = [], [], 0
     total = sum(len(labels) for _, labels in mine) * p.steps
-    with tqdm(total=total, unit=" steps", unit_scale=True, desc="sample", dynamic_ncols=True, disable=not group.first) as bar:
+    options = {"unit": " steps", "unit_scale": True, "desc": "sample", "dynamic_ncols": True, "disable": not group.first}
+    with tqdm(total=total, delay=1e-9, **options) as bar:  # not drawn before `with` can end its line
+        bar.refresh()
         for first, labels in mine:
             kept = folder / f"images-{first:07d}.pt"
             batch = read_verified(kept)
-            if batch is None:
+            if batch is None or len(batch["images"]) != len(labels):  # or kept by another device
                 batch = {"history": []}
                 for x in generator.walk(labels, p, first):
                     if first == 0:

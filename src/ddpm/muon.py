@@ -50,37 +50,73 @@ def polynomial(gram: Tensor) -> Tensor:
     return factor
 
 
+def directions(gradients: list[Tensor], averages: list[Tensor], momentum: float) -> list[Tensor]:
+    """Which way the weights go: Nesterov's momentum, orthogonalised. `averages` take in the gradients.
+
+    A convolution's weight [out, in, h, w] counts as the matrix [out, h·w·in], which is how channels_last holds it.
+    """
+    torch._foreach_lerp_(averages, gradients, 1 - momentum)
+    ahead = list(torch._foreach_lerp(gradients, averages, momentum))
+    by_side = defaultdict(list)
+    for i, x in enumerate(ahead):
+        matrix = x.movedim(1, -1).flatten(1)
+        wide = matrix if len(matrix) <= matrix.shape[1] else matrix.mT
+        by_side[len(wide)].append((i, wide))
+    for side, items in by_side.items():
+        for (i, _), update in zip(items, orthogonalised([wide for _, wide in items]), strict=True):
+            update = update if len(ahead[i]) == side else update.mT
+            ahead[i] = update.reshape(ahead[i].movedim(1, -1).shape).movedim(-1, 1)
+    return ahead
+
+
+class Replay:
+    """`directions` as a CUDA graph: hundreds of kernels, whose launching takes a host longer than their work a GPU."""
+
+    def __init__(self, gradients: list[Tensor], averages: list[Tensor], momentum: float):
+        self.gradients, self.graph = [torch.empty_like(x) for x in gradients], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
+            self.directions = directions(self.gradients, averages, momentum)
+
+    def __call__(self, gradients: list[Tensor]) -> list[Tensor]:
+        torch._foreach_copy_(self.gradients, gradients)
+        self.graph.replay()
+        return self.directions
+
+
 class Muon(torch.optim.Optimizer):
     """Jordan et al. 2024, with AdamW's size of update and decoupled weight decay (Liu et al. 2025, sec. 2.2).
 
-    A convolution's weight [out, in, h, w] counts as the matrix [out, h·w·in], which is how channels_last holds it.
     torch.optim.Muon takes no more than two dimensions, and works one matrix at a time in bfloat16, which is slow on
     processors that don't have it.
     """
 
     def __init__(self, parameters: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.replays: dict[int, Replay | None] = {}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.replays = {}  # a loaded state has other averages
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
+        for i, group in enumerate(self.param_groups):
             lr, momentum, parameters = group["lr"], group["momentum"], group["params"]
             gradients = [p.grad for p in parameters]
             for p in parameters:
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
             averages = [self.state[p]["momentum"] for p in parameters]
-            torch._foreach_lerp_(averages, gradients, 1 - momentum)
-            ahead = torch._foreach_lerp(gradients, averages, momentum)  # Nesterov's
-            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+            if gradients[0].is_cuda and i in self.replays:
+                self.replays[i] = self.replays[i] or Replay(gradients, averages, momentum)
+                updates = self.replays[i](gradients)
+            else:
+                updates, self.replays[i] = directions(gradients, averages, momentum), None  # on CUDA, a first step to warm up
 
-            by_side = defaultdict(list)
-            for p, update in zip(parameters, ahead, strict=True):
-                matrix = update.movedim(1, -1).flatten(1)
-                wide = matrix if len(matrix) <= matrix.shape[1] else matrix.mT
-                by_side[len(wide)].append((p, wide))
-            for side, items in by_side.items():
-                for (p, wide), update in zip(items, orthogonalised([wide for _, wide in items]), strict=True):
-                    update = update if len(p) == side else update.mT
-                    rms = 0.2 * max(wide.shape) ** 0.5  # AdamW's updates have a root mean square of 0.2 or so
-                    p.add_(update.reshape(p.movedim(1, -1).shape).movedim(-1, 1), alpha=-lr * rms)
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+            by_size = defaultdict(list)
+            for p, update in zip(parameters, updates, strict=True):
+                by_size[max(len(p), p[0].numel())].append((p, update))
+            for size, items in by_size.items():
+                rms = 0.2 * size**0.5  # AdamW's updates have a root mean square of 0.2 or so
+                torch._foreach_add_(*map(list, zip(*items, strict=True)), alpha=-lr * rms)

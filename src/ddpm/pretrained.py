@@ -7,6 +7,7 @@ from ddpm.checkpoint import PRETRAINED
 from ddpm.params import SampleParams, UserError
 
 FOLDER, MODEL, CARD = PRETRAINED.parent, PRETRAINED, PRETRAINED.with_name("card.json")
+SAMPLES = PRETRAINED.with_name("samples.npz")  # not in git: those that the card's metrics are of
 
 
 def sampling(root: Path = Path()) -> SampleParams:

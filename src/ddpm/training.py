@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ VALIDATION_SEED = 0  # the same noise for every run, so that runs with other see
 BUCKETS = 4  # quarters of the timesteps, for the validation loss
 PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_STEPS = 4, 10, 20
 GRAD_CLIP = 1.0  # the largest norm of the gradient
+WORTH_FUSING = 1_000_000  # images; before that, fused kernels don't win back the minute that compiling them takes
 
 
 class Log(Protocol):
@@ -89,23 +91,29 @@ def train(
         start, train_curve, validation_curve = state["step"], state["train_curve"], state["validation_curve"]
 
     network = group.wrap(model)
-    if compile_model:  # with CUDA graphs, which admit neither other processes' gradients nor those of another part
-        graphs = group.size == 1 and accumulate == 1
-        network = torch.compile(network, mode="reduce-overhead" if graphs else "default")
+    if compile_model:
+        network = compiled(network, graphs=group.size == 1 and accumulate == 1, images=p.steps * p.batch_size, device=device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(p, device))
     losses, norms = torch.zeros(WINDOW, device=device), torch.zeros(WINDOW, device=device)
     saved_at = time.monotonic()
 
-    progress = tqdm(total=p.steps, initial=start, unit="step", desc="train", dynamic_ncols=True, disable=not group.first)
-    with stop_signals() as stop, progress as bar:
+    def drawn_for(step: int) -> list[Tensor]:
+        drawn = [group.share(x) for x in draw(p, step, len(data.images), data.image_shape, diffusion)]
+        return [x.pin_memory() for x in drawn] if device.type == "cuda" else drawn  # then the copy doesn't wait for the device
+
+    with (
+        stop_signals() as stop,
+        tqdm(total=p.steps, initial=start, unit="step", desc="train", dynamic_ncols=True, disable=not group.first) as bar,
+        ThreadPoolExecutor(1) as ahead,  # draws while a GPU is given its work, which takes the host about as long
+    ):
+        upcoming = ahead.submit(drawn_for, start)
         if start == 0 and group.first:
             report(p, 0, ema, diffusion, data, validation_curve, log)
         window_began = time.monotonic()
         for step in range(start, p.steps):
             set_learning_rate(optimizers, learning_rate(p, step))
-            drawn = [group.share(x) for x in draw(p, step, len(data.images), data.image_shape, diffusion)]
-            if device.type == "cuda":  # from pinned memory the copy doesn't wait for the device
-                drawn = [x.pin_memory() for x in drawn]
+            drawn = upcoming.result()
+            upcoming = ahead.submit(drawn_for, step + 1)
             places = (data.images.device, device, device, device)
             drawn = [x.to(place, non_blocking=device.type == "cuda") for x, place in zip(drawn, places, strict=True)]
 
@@ -178,6 +186,16 @@ def train(
                 )
             window_began = time.monotonic()
     return Trained(ema.state_dict(), train_curve, validation_curve)
+
+
+def compiled(network: nn.Module, graphs: bool, images: int, device: torch.device) -> nn.Module:
+    """The network, compiled as pays for training on so many images.
+
+    `graphs`: with CUDA graphs, which admit neither other processes' gradients nor those of another part of a batch.
+    """
+    if graphs and device.type == "cuda" and images < WORTH_FUSING:
+        return torch.compile(network, backend="cudagraphs")  # PyTorch's own kernels, ready in seconds
+    return torch.compile(network, mode="reduce-overhead" if graphs else "default")
 
 
 def not_finite(p: TrainParams, step: int) -> UserError:
