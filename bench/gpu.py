@@ -1,12 +1,13 @@
 """`python bench/gpu.py [part …]`: what a GPU makes of this project and its peers, in one command.
 
 Its table comes last, and its figures are in bench/results/gpu.json, part by part, so that what a limit of time cut off can be
-asked for by name: rates, default, peers, fast, helped. It needs data/FashionMNIST/raw, and of requirements.txt neither DVC nor
-MLflow (a training keeps its journal). The default pipeline runs twice, in copies of the repository, to compare bytes.
+asked for by name: rates, default, peers, small, helped, fast. It needs data/FashionMNIST/raw, and of requirements.txt neither
+DVC nor MLflow (a training keeps its journal). The default pipeline runs twice, in copies of the repository, to compare bytes.
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,7 +51,8 @@ def main() -> None:
     data = training.Data(*(x.to(device) for split in ("train", "test") for x in load_split(ROOT / RAW, split)))
     result = kept("gpu") or {}
     for name in options.parts or PARTS:
-        result |= {"on": machine(), name: (figures := {})}
+        figures = {}
+        result[name] = {"on": machine(), "figures": figures}
         for figure, value in PARTS[name](device, data):
             figures[figure] = value
             print(f"{name}: {figure}: {value}", flush=True)
@@ -58,13 +61,21 @@ def main() -> None:
 
 
 def rates(device: torch.device, data: training.Data) -> Figures:
-    """What the device can do, and how much of that this project's training takes."""
+    """What the device can do, and how much of that this project's training takes, with fused kernels as a long one has."""
     yield "matrix products, TFLOP/s", gemm_rate(device, torch.bfloat16, MATRIX) / 1000
     yield "memory, GB/s", memory_rate(device)
     yield "images/s", own_rate(device, data)
     work, traffic = cost_of_an_image(device)
     yield "GFLOP an image", work
     yield "MB an image", 1000 * traffic
+
+
+def small(device: torch.device, data: training.Data) -> Figures:
+    """The default's own batches, whose kernels are so small that launching them is what counts."""
+    batch = load_params(ROOT / "params.yaml").train.batch_size
+    yield "CUDA graphs", own_rate(device, data, batch, fused=False)
+    yield "fused", own_rate(device, data, batch)
+    yield "eager", own_rate(device, data, batch, compile_model=False)
 
 
 def fast(device: torch.device, data: training.Data) -> Figures:
@@ -95,14 +106,17 @@ def memory_rate(device: torch.device) -> float:
     return 2 * 4 * 2**28 / min(seconds(x.clone, device, 5) for _ in range(3)) / 1e9
 
 
-def own_rate(device: torch.device, data: training.Data) -> float:
+def own_rate(
+    device: torch.device, data: training.Data, batch: int | None = None, fused: bool = True, compile_model: bool = True
+) -> float:
     """Images/s as `training.train` itself reports them, the median of its windows once it is warm."""
-    settings = {"batch_size": BATCH, "steps": STEPS, "report_every": STEPS, "precision": "bfloat16"}
+    settings = {"batch_size": batch or BATCH, "steps": STEPS, "report_every": STEPS, "precision": "bfloat16"}
     p = load_params(ROOT / "params.yaml").train.model_copy(update=settings)
-
+    worth, training.WORTH_FUSING = training.WORTH_FUSING, 0 if fused else math.inf
     with tempfile.TemporaryDirectory() as folder:
-        training.train(p, data, device, Path(folder), rates := Rates(), compile_model=can_compile(device))
-    return statistics.median(rates[len(rates) // 3 :])
+        training.train(p, data, device, Path(folder), log := Rates(), compile_model=compile_model and can_compile(device))
+    training.WORTH_FUSING = worth
+    return statistics.median(log[len(log) // 3 :])
 
 
 def peer_rate(peer: Contender, device: torch.device, data: training.Data, helped: bool) -> float:
@@ -185,37 +199,50 @@ def default(device: torch.device, _data: training.Data) -> Figures:
     yield "the same bytes", "yes" if digests[0] == digests[1] else "no"
 
 
-PARTS = {"rates": rates, "default": default, "peers": peers, "helped": helped, "fast": fast}
+PARTS = {"rates": rates, "default": default, "peers": peers, "small": small, "helped": helped, "fast": fast}
+HELP = {"peers": "eager, data on the host", "helped": "compiled, channels_last, data on the device"}
 
 
 def report(result: dict) -> str:
-    tables, ours = [], result["rates"]["images/s"]
-    rows = [["this project", f"{ours:,.0f}", ""]]
-    if "fast" in result:
-        value = result["fast"]["images/s"]
-        rows.append(["this project, `runtime.deterministic: false`", f"{value:,.0f}", f"{ours / value:.2f}"])
-    for part, how in (("peers", "eager, data on the host"), ("helped", "compiled, channels_last, data on the device")):
-        for name, value in result.get(part, {}).items():
-            shown = [value, ""] if isinstance(value, str) else [f"{value:,.0f}", f"{ours / value:.2f}"]
-            rows.append([f"{name}: {how}", *shown])
-    tables.append(table([f"training in bf16, batch {BATCH}", "images/s", "this project's are so many times as many"], rows))
-
-    r = result["rates"]
-    matrix, memory = r["matrix products, TFLOP/s"], r["memory, GB/s"]
-    shares = [
-        ["matrix products", f"{matrix:.0f} TFLOP/s", f"{ours * r['GFLOP an image'] / 1000 / matrix:.1%}"],
-        ["memory", f"{memory:,.0f} GB/s", f"{ours * r['MB an image'] / 1000 / memory:.1%}"],
-    ]
-    tables.append(table(["", "measured here", "this project's training takes"], shares))
-    if d := result.get("default"):
-        runs = [run for run in ("first", "second") if f"{run} run: evaluate, s" in d]
-        rows = [[f"{run} run", *(f"{d[f'{run} run: {stage}, s']:.1f} s" for stage in STAGES)] for run in runs]
-        note = f"`fid` {d['fid']:.4f}, {d['fid'] / d['fid_floor']:.1f} times the floor."
-        note += f" The same bytes in both runs: {d['the same bytes']}." if len(runs) == 2 else ""
-        tables += [table(["default parameters, from nothing", *STAGES], rows), note]
-    m = result["on"]
-    made = f"`python bench/gpu.py`, {m['date']}; {m['processor']}; Python {m['python']}, PyTorch {m['versions']['torch']}"
-    return "\n\n".join([*tables, f"<sub>{made}.</sub>"])
+    """Tables of the parts that were measured."""
+    known = {name: result[name]["figures"] for name in PARTS if name in result}
+    tables = []
+    if r := known.get("rates"):
+        ours = r["images/s"]
+        rows = [["this project", f"{ours:,.0f}", ""]]
+        for value in known.get("fast", {}).values():
+            rows.append(["this project, `runtime.deterministic: false`", f"{value:,.0f}", f"{ours / value:.2f}"])
+        for part, how in HELP.items():
+            for name, value in known.get(part, {}).items():
+                shown = [value, ""] if isinstance(value, str) else [f"{value:,.0f}", f"{ours / value:.1f}"]
+                rows.append([f"{name}: {how}", *shown])
+        tables.append(table([f"training in bf16, batch {BATCH}", "images/s", "this project's are so many times as many"], rows))
+        shares = []
+        for what, unit, cost in (("matrix products", "TFLOP/s", "GFLOP an image"), ("memory", "GB/s", "MB an image")):
+            peak = r[f"{what}, {unit}"]
+            shares.append([what, f"{peak:,.0f} {unit}", f"{ours * r[cost] / 1000 / peak:.1%}"])
+        tables.append(table(["", "measured here", "this project's training takes"], shares))
+    if s := known.get("small"):
+        header = ["the default's batches", "images/s"]
+        tables.append(table(header, [[how, f"{value:,.0f}"] for how, value in s.items()]))
+    if d := known.get("default"):
+        rows = []
+        for run in ("first", "second"):
+            spent = [d.get(f"{run} run: {stage}, s") for stage in STAGES]
+            if any(spent):
+                rows.append([f"{run} run", *("" if s is None else f"{s:.1f} s" for s in spent)])
+        tables.append(table(["default parameters, from nothing", *STAGES], rows))
+        if "fid" in d:
+            tables.append(f"`fid` {d['fid']:.4f}, {d['fid'] / d['fid_floor']:.1f} times the floor.")
+        if "the same bytes" in d:
+            tables.append(f"The same bytes in both runs: {d['the same bytes']}.")
+    made = defaultdict(list)
+    for name in known:
+        on = result[name]["on"]
+        versions = f"Python {on['python']}, PyTorch {on['versions']['torch']}"
+        made[f"{on['date']}, commit {on['commit']}; {on['processor']}; {versions}"].append(name)
+    sources = "; ".join(f"{', '.join(names)}: {where}" for where, names in made.items())
+    return "\n\n".join([*tables, f"<sub>`python bench/gpu.py`, {sources}.</sub>"])
 
 
 if __name__ == "__main__":

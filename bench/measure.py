@@ -27,6 +27,7 @@ from ddpm.generation import Generator, batches
 from ddpm.params import SampleParams
 from evaluate import load_samples
 
+QUICK = {"steps": 5}  # of the published model's samples, for the short forms
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "denoising-diffusion-pytorch", "smalldiffusion", "mlflow", "dvc")
 

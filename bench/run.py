@@ -17,6 +17,7 @@ import ablations
 import cas
 import classes
 import evaluations
+import gpu
 import growth
 import guidance
 import models
@@ -33,7 +34,7 @@ from measure import keep, kept, machine
 SHORT = {"throughput": throughput, "step": step, "growth": growth, "evaluations": evaluations, "quality": quality}
 PARTS = SHORT | {"guidance": guidance, "classes": classes, "cas": cas}
 PARTS |= {"scale": scale, "rates": rates, "samplers": samplers, "seeds": seeds, "ablations": ablations}
-TOLD = PARTS | {"models": models}  # what publish.py has measured
+TOLD = PARTS | {"models": models, "gpu": gpu}  # what publish.py and gpu.py have measured
 PAGES = [ROOT / page for page in ("docs/RESULTS.md", "docs/OPERATIONS.md", "README.md")]
 PICTURES = ROOT / "docs/images"
 

@@ -100,6 +100,28 @@ def test_a_convolution_is_a_matrix_of_its_outputs(memory_format):
     torch.testing.assert_close(weight.flatten(1), matrix)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_a_replayed_graph_gives_what_eager_gives():
+    torch.manual_seed(0)
+    shapes = ((8, 16), (16, 8), (8, 4, 3, 3), (12, 2, 1, 1))
+    replayed = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in shapes]
+    eager = copy.deepcopy(replayed)
+    mine, theirs = Muon(replayed, lr=0.1), Muon(eager, lr=0.1)
+    for step in range(6):
+        for p, q in zip(replayed, eager, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        if step == 3:
+            mine.load_state_dict(copy.deepcopy(mine.state_dict()))
+        theirs.replays = {}
+        for optimizer in (mine, theirs):
+            optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+            optimizer.step()
+    assert mine.replays[0] is not None
+    for p, q in zip(replayed, eager, strict=True):
+        assert torch.equal(p, q)
+
+
 def test_matrices_of_other_shapes_do_not_meddle():
     torch.manual_seed(0)
     together = [

@@ -26,7 +26,7 @@ def draw(generator: Generator, folder: Path) -> tuple[torch.Tensor, list[torch.T
     return sample.draw(generator, p, folder)
 
 
-def test_only_what_is_missing_or_damaged_is_drawn_again(generator, tmp_path):
+def test_only_what_is_missing_or_damaged_is_drawn_again(generator, tmp_path, monkeypatch):
     images, history, drawn = draw(generator, tmp_path)
     first, second, third = sorted(tmp_path.iterdir())
     assert drawn == N
@@ -47,6 +47,9 @@ def test_only_what_is_missing_or_damaged_is_drawn_again(generator, tmp_path):
     same_with(BATCH)
     first.unlink()
     same_with(BATCH)
+
+    monkeypatch.setattr(generator, "batch_size", 2 * BATCH)  # as on another device
+    same_with(2 * BATCH)  # of what was kept the last batch alone is what it should be
 
 
 def test_frames_are_evenly_spaced_to_the_eye():

@@ -421,3 +421,16 @@ def test_the_fingerprint_changes_with_every_parameter():
     no_attention = {"model__patch_size": {"model__attention": []}}
     changed = [params(**{change: value}, **no_attention.get(change, {})) for change, value in changes.items()]
     assert len({fingerprint(p.model_dump(), []) for p in (params(), *changed)}) == len(changes) + 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_cuda_graphs_have_the_losses_of_eager(tmp_path):
+    device, p = torch.device("cuda"), params(model__dropout=0.0)
+    assert p.steps * p.batch_size < training.WORTH_FUSING
+    logs = []
+    for compile_model in (False, True):
+        (states := tmp_path / str(compile_model)).mkdir()
+        training.train(p, DATA.to(device), device, states, log := Recorder(), compile_model)
+        logs.append({step: value for (name, step), value in log.values.items() if name == "train/loss"})
+    eager, graphs = logs
+    assert graphs == pytest.approx(eager, rel=1e-3)
