@@ -1,39 +1,79 @@
 """Time to quality: everyone trains from scratch, in turns of a minute, and is judged along the way."""
 
+import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from contenders import PEERS, ROOT, Contender, Ours
 from ddpm.data import load_split, to_model_range
-from measure import judge, table
+from ddpm.resume import fingerprint, load_state, save_state
+from measure import judge, machine, table
 
 BATCH, EVALUATIONS = 64, 20
 TURN = 60  # seconds
+OWN_MINUTES, PEER_MINUTES = (1, 2, 5, 10, 20), (5, 10, 20)  # after which they are judged
 
 
 def run(full: bool) -> dict:
+    """`full`: two and a half hours. Interrupted and started again on the same machine, it goes on at the turn it was in."""
     device = torch.device("cpu")
-    own_minutes, peer_minutes, count = ((1, 2, 5, 10, 20), (5, 10, 20), 2000) if full else ((1,), (1,), 300)
+    own_minutes, peer_minutes, count = (OWN_MINUTES, PEER_MINUTES, 2000) if full else ((1,), (1,), 300)
     images, labels = load_split(ROOT / "data/FashionMNIST/raw", "train")
     fid = judge(images)
     contenders: list[Contender] = [Ours(), Ours(conditional=False), *(peer() for peer in PEERS)]
-    rows = {c.name: {"fid": {}, "images_seen": 0, "classes": c.conditional} for c in contenders}
+    on = machine()
+    here = Path(__file__).parent
+    code = [here / "quality.py", here / "contenders.py", *sorted((ROOT / "src/ddpm").glob("*.py"))]
+    states = ROOT / ".cache" / f"quality-{fingerprint({'full': full, 'on': [on['processor'], on['versions']]}, code)}"
+    turns = {}
     for c in contenders:
         c.start(device)
+        turns[c.name] = {"minute": 0, "fid": {}, "seconds": 0.0} | resumed(c, states / c.name)
     try:
         for minute in range(1, max(own_minutes) + 1):
             for c in contenders:
+                turn = turns[c.name]
+                if turn["minute"] >= minute:
+                    continue
+                began = time.perf_counter()
                 train(c, images, labels, TURN)
-                rows[c.name]["images_seen"] = c.steps * BATCH
                 if minute in (own_minutes if isinstance(c, Ours) else peer_minutes):
-                    value = judged(c, count, fid)
-                    rows[c.name]["fid"][str(minute)] = value
+                    value = turn["fid"][str(minute)] = judged(c, count, fid)
                     print(f"{c.name}, {minute} min, {c.steps} steps: fid {shown(value)}", flush=True)
-    except KeyboardInterrupt:  # hours are too much to lose
-        print("stopped; what was judged so far is kept")
-    return {"samples": count, "evaluations": EVALUATIONS, "batch": BATCH, "rows": rows}
+                turn |= {"minute": minute, "seconds": turn["seconds"] + time.perf_counter() - began}
+                if full:
+                    save(c, turn, states / c.name)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on") from None
+    shutil.rmtree(states, ignore_errors=True)
+    rows = {c.name: {"fid": turns[c.name]["fid"], "images_seen": c.steps * BATCH, "classes": c.conditional} for c in contenders}
+    minutes = round(sum(turn["seconds"] for turn in turns.values()) / 60, 1)
+    return {"samples": count, "evaluations": EVALUATIONS, "batch": BATCH, "rows": rows, "minutes": minutes}
+
+
+def save(c: Contender, turn: dict, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = {"model": c.model.state_dict(), "ema": c.ema.state_dict()}
+    optimizers = [optimizer.state_dict() for optimizer in c.optimizers]
+    content = {"turn": turn, "steps": c.steps, **modules, "optimizers": optimizers, "random": torch.get_rng_state()}
+    save_state(folder, turn["minute"], content)
+
+
+def resumed(c: Contender, folder: Path) -> dict:
+    """Its last turn, whose state it is given, if there is one."""
+    state = load_state(folder)
+    if state is None:
+        return {}
+    c.model.load_state_dict(state["model"])
+    c.ema.load_state_dict(state["ema"])
+    for optimizer, content in zip(c.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(content)
+    c.steps = state["steps"]
+    torch.set_rng_state(state["random"])
+    return state["turn"]
 
 
 def train(c: Contender, images: torch.Tensor, labels: torch.Tensor, seconds: float) -> None:

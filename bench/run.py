@@ -49,7 +49,7 @@ def main() -> None:
         print(f"— {name}", flush=True)
         on, began = machine(), time.monotonic()  # before an edit can change the commit
         result = {"machine": on} | PARTS[name].run(options.full)
-        result |= {"full": options.full, "minutes": round((time.monotonic() - began) / 60, 1)}
+        result = {"minutes": round((time.monotonic() - began) / 60, 1)} | result | {"full": options.full}
         print(PARTS[name].report(result), flush=True)
         if options.full:
             keep(name, result)

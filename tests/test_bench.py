@@ -52,6 +52,32 @@ def test_a_contender_learns_and_samples(make):
     assert drawn.shape == (10, 28, 28) and drawn.dtype == torch.uint8
 
 
+def test_time_to_quality_goes_on_at_the_turn_it_was_in(fashion_mnist, monkeypatch, tmp_path):
+    (tmp_path / "src/ddpm").mkdir(parents=True)
+    for name, value in {"ROOT": tmp_path, "PEERS": (), "TURN": 0.01, "BATCH": 2, "OWN_MINUTES": (1, 3)}.items():
+        monkeypatch.setattr(quality, name, value)
+    monkeypatch.setattr(quality, "load_split", lambda _, split: load_split(fashion_mnist, split))
+    monkeypatch.setattr(quality, "judge", lambda _: lambda samples: float(len(samples)))
+    monkeypatch.setattr(quality, "judged", lambda c, count, fid: c.steps)
+    turns, train = [], quality.train
+
+    def interrupted(c: Contender, *arguments: object) -> None:
+        turns.append(c.name)
+        if len(turns) == 4:
+            raise KeyboardInterrupt
+        train(c, *arguments)
+
+    monkeypatch.setattr(quality, "train", interrupted)
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        quality.run(True)
+    rows = quality.run(True)["rows"]
+    with_classes, without = rows
+    assert turns == [with_classes, without, with_classes, without, without, with_classes, without]
+    for row in rows.values():
+        assert row["fid"]["1"] < row["fid"]["3"] == row["images_seen"] / 2
+    assert not list(tmp_path.glob(".cache/quality-*"))
+
+
 @pytest.mark.parametrize("heads", [None, 4])
 def test_twin_is_the_peer_block_for_block(heads):
     """The same convolutions, and the same work to within a twentieth, though its conditioning also scales."""
