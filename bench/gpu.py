@@ -53,10 +53,13 @@ def main() -> None:
     for name in options.parts or PARTS:
         figures = {}
         result[name] = {"on": machine(), "figures": figures}
-        for figure, value in PARTS[name](device, data):
-            figures[figure] = value
-            print(f"{name}: {figure}: {value}", flush=True)
-            keep("gpu", result)
+        try:
+            for figure, value in PARTS[name](device, data):
+                figures[figure] = value
+                print(f"{name}: {figure}: {value}", flush=True)
+                keep("gpu", result)
+        except (ImportError, UserError) as error:  # a peer that isn't there, a stage that fails: the other parts still count
+            print(f"{name}: {error}", flush=True)
     print(report(result))
 
 
@@ -81,8 +84,10 @@ def small(device: torch.device, data: training.Data) -> Figures:
 def fast(device: torch.device, data: training.Data) -> Figures:
     """With `runtime.deterministic: false`."""
     select_device(str(device), deterministic=False)
-    yield "images/s", own_rate(device, data)
-    select_device(str(device))
+    try:
+        yield "images/s", own_rate(device, data)
+    finally:
+        select_device(str(device))
 
 
 def peers(device: torch.device, data: training.Data) -> Figures:
@@ -113,9 +118,11 @@ def own_rate(
     settings = {"batch_size": batch or BATCH, "steps": STEPS, "report_every": STEPS, "precision": "bfloat16"}
     p = load_params(ROOT / "params.yaml").train.model_copy(update=settings)
     worth, training.WORTH_FUSING = training.WORTH_FUSING, 0 if fused else math.inf
-    with tempfile.TemporaryDirectory() as folder:
-        training.train(p, data, device, Path(folder), log := Rates(), compile_model=compile_model and can_compile(device))
-    training.WORTH_FUSING = worth
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            training.train(p, data, device, Path(folder), log := Rates(), compile_model=compile_model and can_compile(device))
+    finally:
+        training.WORTH_FUSING = worth
     return statistics.median(log[len(log) // 3 :])
 
 
@@ -204,10 +211,10 @@ HELP = {"peers": "eager, data on the host", "helped": "compiled, channels_last, 
 
 
 def report(result: dict) -> str:
-    """Tables of the parts that were measured."""
+    """Tables of the parts that were measured, as far as they were."""
     known = {name: result[name]["figures"] for name in PARTS if name in result}
-    tables = []
-    if r := known.get("rates"):
+    r, tables = known.get("rates", {}), []
+    if "images/s" in r:
         ours = r["images/s"]
         rows = [["this project", f"{ours:,.0f}", ""]]
         for value in known.get("fast", {}).values():
@@ -217,6 +224,7 @@ def report(result: dict) -> str:
                 shown = [value, ""] if isinstance(value, str) else [f"{value:,.0f}", f"{ours / value:.1f}"]
                 rows.append([f"{name}: {how}", *shown])
         tables.append(table([f"training in bf16, batch {BATCH}", "images/s", "this project's are so many times as many"], rows))
+    if "MB an image" in r:
         shares = []
         for what, unit, cost in (("matrix products", "TFLOP/s", "GFLOP an image"), ("memory", "GB/s", "MB an image")):
             peak = r[f"{what}, {unit}"]
@@ -232,7 +240,7 @@ def report(result: dict) -> str:
             if any(spent):
                 rows.append([f"{run} run", *("" if s is None else f"{s:.1f} s" for s in spent)])
         tables.append(table(["default parameters, from nothing", *STAGES], rows))
-        if "fid" in d:
+        if "fid_floor" in d:
             tables.append(f"`fid` {d['fid']:.4f}, {d['fid'] / d['fid_floor']:.1f} times the floor.")
         if "the same bytes" in d:
             tables.append(f"The same bytes in both runs: {d['the same bytes']}.")

@@ -18,7 +18,7 @@ OWN_MINUTES, PEER_MINUTES = (1, 2, 5, 10, 20), (5, 10, 20)  # after which they a
 
 
 def run(full: bool) -> dict:
-    """`full`: two and a half hours. Interrupted and started again on the same machine, it goes on at the turn it was in."""
+    """`full`: two and a half hours. Interrupted and started again on the same machine, it goes on with the turn it was in."""
     device = torch.device("cpu")
     own_minutes, peer_minutes, count = (OWN_MINUTES, PEER_MINUTES, 2000) if full else ((1,), (1,), 300)
     images, labels = load_split(ROOT / "data/FashionMNIST/raw", "train")
@@ -26,8 +26,9 @@ def run(full: bool) -> dict:
     contenders: list[Contender] = [Ours(), Ours(conditional=False), *(peer() for peer in PEERS)]
     on = machine()
     here = Path(__file__).parent
-    code = [here / "quality.py", here / "contenders.py", *sorted((ROOT / "src/ddpm").glob("*.py"))]
-    states = ROOT / ".cache" / f"quality-{fingerprint({'full': full, 'on': [on['processor'], on['versions']]}, code)}"
+    code = [here / f"{name}.py" for name in ("quality", "contenders", "measure")] + sorted((ROOT / "src/ddpm").glob("*.py"))
+    of = fingerprint({"full": full, "processor": on["processor"], **on["versions"]}, [*code, ROOT / "params.yaml"])
+    states = ROOT / f".cache/quality-{of}"
     turns = {}
     for c in contenders:
         c.start(device)
@@ -38,14 +39,14 @@ def run(full: bool) -> dict:
                 turn = turns[c.name]
                 if turn["minute"] >= minute:
                     continue
+                torch.manual_seed(minute)  # whether or not it was interrupted before
                 began = time.perf_counter()
                 train(c, images, labels, TURN)
                 if minute in (own_minutes if isinstance(c, Ours) else peer_minutes):
                     value = turn["fid"][str(minute)] = judged(c, count, fid)
                     print(f"{c.name}, {minute} min, {c.steps} steps: fid {shown(value)}", flush=True)
                 turn |= {"minute": minute, "seconds": turn["seconds"] + time.perf_counter() - began}
-                if full:
-                    save(c, turn, states / c.name)
+                save(c, turn, states / c.name)
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on") from None
     shutil.rmtree(states, ignore_errors=True)
@@ -56,10 +57,8 @@ def run(full: bool) -> dict:
 
 def save(c: Contender, turn: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    modules = {"model": c.model.state_dict(), "ema": c.ema.state_dict()}
-    optimizers = [optimizer.state_dict() for optimizer in c.optimizers]
-    content = {"turn": turn, "steps": c.steps, **modules, "optimizers": optimizers, "random": torch.get_rng_state()}
-    save_state(folder, turn["minute"], content)
+    content = {"turn": turn, "steps": c.steps, "model": c.model.state_dict(), "ema": c.ema.state_dict()}
+    save_state(folder, turn["minute"], content | {"optimizers": [optimizer.state_dict() for optimizer in c.optimizers]})
 
 
 def resumed(c: Contender, folder: Path) -> dict:
@@ -72,7 +71,6 @@ def resumed(c: Contender, folder: Path) -> dict:
     for optimizer, content in zip(c.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(content)
     c.steps = state["steps"]
-    torch.set_rng_state(state["random"])
     return state["turn"]
 
 

@@ -50,9 +50,10 @@ def main() -> None:
         on, began = machine(), time.monotonic()  # before an edit can change the commit
         result = {"machine": on} | PARTS[name].run(options.full)
         result = {"minutes": round((time.monotonic() - began) / 60, 1)} | result | {"full": options.full}
-        print(PARTS[name].report(result), flush=True)
         if options.full:
             keep(name, result)
+        print(PARTS[name].report(result), flush=True)
+        if options.full:
             write_pages()
     if options.report:
         write_pages()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import gpu
 import quality
 from contenders import NULL_CLASS, PEERS, SHAPE, Contender, Ours, guard, unet2d
 from ddpm.data import load_split
@@ -53,7 +54,7 @@ def test_a_contender_learns_and_samples(make):
 
 
 def test_time_to_quality_goes_on_at_the_turn_it_was_in(fashion_mnist, monkeypatch, tmp_path):
-    (tmp_path / "src/ddpm").mkdir(parents=True)
+    (tmp_path / "params.yaml").touch()
     for name, value in {"ROOT": tmp_path, "PEERS": (), "TURN": 0.01, "BATCH": 2, "OWN_MINUTES": (1, 3)}.items():
         monkeypatch.setattr(quality, name, value)
     monkeypatch.setattr(quality, "load_split", lambda _, split: load_split(fashion_mnist, split))
@@ -112,6 +113,30 @@ def test_garbage_is_no_figure(monkeypatch):
     assert "| x | 0.500 | garbage | 64 |" in quality.report({"rows": rows, "samples": 20, "evaluations": 20})
 
 
+def test_a_gpu_report_tells_what_there_is():
+    on = {"date": "2026-11-27", "commit": "abc", "processor": "X", "python": "3", "versions": {"torch": "2"}}
+    rates = {
+        "matrix products, TFLOP/s": 800.0,
+        "memory, GB/s": 4000.0,
+        "images/s": 40_000.0,
+        "GFLOP an image": 0.4,
+        "MB an image": 2.0,
+    }
+    parts = {"rates": rates, "peers": {"diffusers": 5000.0}, "helped": {"diffusers": "RuntimeError: no"}}
+    parts["default"] = {"first run: train, s": 44.13, "first run: sample, s": 10.5, "fid": 0.07, "fid_floor": 0.005}
+    result = {name: {"on": on, "figures": figures} for name, figures in parts.items()}
+    text = gpu.report(result)
+    assert "| this project | 40,000 |" in text
+    assert "| diffusers: eager, data on the host | 5,000 | 8.0 |" in text
+    assert "| diffusers: compiled, channels_last, data on the device | RuntimeError: no |" in text
+    assert "| matrix products | 800 TFLOP/s | 2.0% |" in text and "| memory | 4,000 GB/s | 2.0% |" in text
+    assert "| first run | 44.1 s | 10.5 s |  |" in text and "14.0 times the floor" in text
+    assert text.count("2026-11-27") == 1
+    for name, figures in parts.items():  # as where a limit of time cut it off
+        for n in range(len(figures)):
+            gpu.report(result | {name: {"on": on, "figures": dict(list(figures.items())[:n])}})
+
+
 MEASURED = sorted(path.stem for path in RESULTS.glob("*.json"))
 
 
@@ -120,7 +145,7 @@ MEASURED = sorted(path.stem for path in RESULTS.glob("*.json"))
 def test_the_pages_hold_the_figures_that_were_measured(part, page):
     result = kept(part)
     assert filled(page, part, result) == page.read_text()
-    assert result is None or part == "models" or result["full"]
+    assert result is None or part in ("models", "gpu") or result["full"]
 
 
 def test_a_page_has_places_for_parts_alone_and_shows_the_pictures_that_are_there():

@@ -51,6 +51,25 @@ def made(tmp_path_factory, fashion_mnist) -> Path:
     return out
 
 
+def test_the_first_of_many_samples_serve_as_fewer(tmp_path):
+    work = object.__new__(publish.Work)
+    work.root = tmp_path
+    assert not work.keep_first(2)
+    for path in (tmp_path / "models/diffusion_model.pth", samples := tmp_path / "output/samples.npz"):
+        path.parent.mkdir()
+        path.write_bytes(b"x")
+    images, labels = np.arange(5 * 784, dtype=np.uint8).reshape(5, 28, 28), np.arange(5)
+    digest = file_sha256(tmp_path / "models/diffusion_model.pth")
+    np.savez_compressed(samples, images=images, labels=labels, checkpoint_sha256=digest)
+    assert not work.keep_first(6)
+    assert work.keep_first(2)
+    with np.load(samples) as archive:
+        assert np.array_equal(archive["images"], images[:2]) and archive["labels"].tolist() == [0, 1]
+        assert archive["checkpoint_sha256"] == digest
+    (tmp_path / "models/diffusion_model.pth").write_bytes(b"another")
+    assert not work.keep_first(2)
+
+
 def test_all_of_it_is_there_and_small(made):
     names = {"fashion_ddpm.pth", "card.json", "samples.npz", "runs.zip", "pictures.zip", "results.zip", "publish.log"}
     assert {path.name for path in made.iterdir()} == names
@@ -87,7 +106,10 @@ def test_the_journals_are_of_three_runs_without_the_model(made):
 
 def test_a_checkout_takes_it(made, tmp_path):
     publish.copy(ROOT, tmp_path)
-    subprocess.run([sys.executable, "bench/publish.py", "take", made], cwd=tmp_path, capture_output=True, check=True)
+    take = [sys.executable, "bench/publish.py", "take", made]
+    done = subprocess.run(take, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "not measured yet: `python bench/run.py --full guidance classes cas` does it"
+    assert "Ankle boot" not in (tmp_path / "docs/RESULTS.md").read_text()  # what is told of classes was another model's
     card = json.loads((tmp_path / "models/pretrained/card.json").read_text())
     assert card["sha256"] == file_sha256(tmp_path / "models/pretrained/fashion_ddpm.pth")
     assert card["sha256"] in (tmp_path / "models/pretrained/README.md").read_text()

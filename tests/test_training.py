@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm import training
+from ddpm.device import select_device
 from ddpm.diffusion import Diffusion
 from ddpm.files import serialise, sha256
 from ddpm.params import Stopped, TrainParams, UserError
@@ -434,3 +435,25 @@ def test_cuda_graphs_have_the_losses_of_eager(tmp_path):
         logs.append({step: value for (name, step), value in log.values.items() if name == "train/loss"})
     eager, graphs = logs
     assert graphs == pytest.approx(eager, rel=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_an_interrupted_run_on_cuda_ends_with_the_same_bytes(tmp_path):
+    device, digests = select_device("cuda"), []
+    for stop_at in (None, 30):
+        (states := tmp_path / str(stop_at)).mkdir()
+        arguments = (params(), DATA.to(device), device, states)
+        if stop_at:
+            with pytest.raises(Stopped):
+                training.train(*arguments, Recorder(stop_at), compile_model=True)
+        digests.append(digest(training.train(*arguments, Recorder(), compile_model=True)))
+    assert digests[0] == digests[1]
+
+
+def test_short_trainings_on_cuda_are_not_fused(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network, **options: options)
+    cuda, short, long = torch.device("cuda"), training.WORTH_FUSING - 1, training.WORTH_FUSING
+    assert training.compiled(None, True, short, cuda) == {"backend": "cudagraphs"}
+    assert training.compiled(None, True, long, cuda) == {"mode": "reduce-overhead"}
+    assert training.compiled(None, False, short, cuda) == {"mode": "default"}
+    assert training.compiled(None, True, short, CPU) == {"mode": "reduce-overhead"}

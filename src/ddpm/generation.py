@@ -20,7 +20,8 @@ class Generator:
         self.checkpoint, self.device = checkpoint, device
         self.model, self.diffusion, self.label_dropout, self.classes = load_model(checkpoint, device)
         self.null_class, self.image_shape = self.model.null_class, self.model.image_shape
-        self.batch_size = CUDA_BATCH if device.type == "cuda" else BATCH
+        small = self.image_shape[1] <= 32  # larger images keep a GPU busy as it is
+        self.batch_size = CUDA_BATCH if device.type == "cuda" and small else BATCH
 
     def check(self, p: SampleParams) -> None:
         """Raise UserError where `p` asks of this model what it can't do."""

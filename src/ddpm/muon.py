@@ -1,5 +1,6 @@
 """Muon: momentum whose update is orthogonalised, for the weight matrices inside a network."""
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,9 +74,14 @@ class Replay:
     """`directions` as a CUDA graph: hundreds of kernels, whose launching takes a host longer than their work a GPU."""
 
     def __init__(self, gradients: list[Tensor], averages: list[Tensor], momentum: float):
-        self.gradients, self.graph = [torch.empty_like(x) for x in gradients], torch.cuda.CUDAGraph()
+        self.gradients, self.averages, self.momentum = [torch.empty_like(x) for x in gradients], averages, momentum
+        self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
             self.directions = directions(self.gradients, averages, momentum)
+
+    def is_of(self, averages: list[Tensor], momentum: float) -> bool:
+        """Whether it works on these very tensors, whose addresses it has."""
+        return momentum == self.momentum and all(map(operator.is_, averages, self.averages))
 
     def __call__(self, gradients: list[Tensor]) -> list[Tensor]:
         torch._foreach_copy_(self.gradients, gradients)
@@ -92,11 +98,12 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, parameters: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.replays: dict[int, Replay | None] = {}
+        self.__setstate__({})
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self.replays = {}  # a loaded state has other averages
+        self.replays: dict[int, Replay] = {}
+        self.warm = False  # cuBLAS wants a first step before it is captured
 
     @torch.no_grad()
     def step(self) -> None:
@@ -107,11 +114,12 @@ class Muon(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
             averages = [self.state[p]["momentum"] for p in parameters]
-            if gradients[0].is_cuda and i in self.replays:
-                self.replays[i] = self.replays[i] or Replay(gradients, averages, momentum)
+            if gradients[0].is_cuda and self.warm:
+                if i not in self.replays or not self.replays[i].is_of(averages, momentum):
+                    self.replays[i] = Replay(gradients, averages, momentum)
                 updates = self.replays[i](gradients)
             else:
-                updates, self.replays[i] = directions(gradients, averages, momentum), None  # on CUDA, a first step to warm up
+                updates = directions(gradients, averages, momentum)
 
             torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
             by_size = defaultdict(list)
@@ -120,3 +128,4 @@ class Muon(torch.optim.Optimizer):
             for size, items in by_size.items():
                 rms = 0.2 * size**0.5  # AdamW's updates have a root mean square of 0.2 or so
                 torch._foreach_add_(*map(list, zip(*items, strict=True)), alpha=-lr * rms)
+        self.warm = True
