@@ -4,7 +4,7 @@ import torch
 
 from contenders import ROOT
 from ddpm.data import CLASSES, load_split
-from measure import QUICK, published, table
+from measure import published, table
 from train_classifier import blank, features_and_accuracy, train
 
 
@@ -14,7 +14,7 @@ def run(full: bool) -> dict:
     test_images, test_labels = load_split(raw, "test")
     chosen = torch.cat([(labels == c).nonzero()[: count // len(CLASSES), 0] for c in range(len(CLASSES))])
     accuracy = {}
-    samples = published(count, **({} if full else QUICK))
+    samples = published(count, quick=not full)
     for source, (seen, classes) in {"samples": samples, "real images": (images[chosen], labels[chosen])}.items():
         model = blank(seen, len(CLASSES))
         model.load_state_dict(train(seen, classes, len(CLASSES)).state_dict())

@@ -7,7 +7,7 @@ from ddpm.data import CLASSES, load_split
 from ddpm.features import extract, extract_cached
 from ddpm.figures import save_png, sheet
 from ddpm.metrics import fid
-from measure import QUICK, evaluator, published, table
+from measure import evaluator, published, table
 
 PICTURE = ROOT / "docs/images/failures.png"
 SHOWN = 10
@@ -16,7 +16,7 @@ SHOWN = 10
 def run(full: bool) -> dict:
     of_each, raw, classifier, device = (1000 if full else 20), ROOT / "data/FashionMNIST/raw", evaluator(), torch.device("cpu")
     (train, train_labels), (test, test_labels) = load_split(raw, "train"), load_split(raw, "test")
-    images, labels = published(of_each * len(CLASSES), **({} if full else QUICK))
+    images, labels = published(of_each * len(CLASSES), quick=not full)
     features, predicted = extract(classifier, images, device)
     real, _ = extract_cached(classifier, train, device, ROOT / ".cache")
     unseen, recognised = extract_cached(classifier, test, device, ROOT / ".cache")

@@ -112,10 +112,10 @@ def memory_rate(device: torch.device) -> float:
 
 
 def own_rate(
-    device: torch.device, data: training.Data, batch: int | None = None, fused: bool = True, compile_model: bool = True
+    device: torch.device, data: training.Data, batch: int = BATCH, fused: bool = True, compile_model: bool = True
 ) -> float:
     """Images/s as `training.train` itself reports them, the median of its windows once it is warm."""
-    settings = {"batch_size": batch or BATCH, "steps": STEPS, "report_every": STEPS, "precision": "bfloat16"}
+    settings = {"batch_size": batch, "steps": STEPS, "report_every": STEPS, "precision": "bfloat16"}
     p = load_params(ROOT / "params.yaml").train.model_copy(update=settings)
     worth, training.WORTH_FUSING = training.WORTH_FUSING, 0 if fused else math.inf
     try:
@@ -183,6 +183,7 @@ class Traffic(TorchDispatchMode):
 def default(device: torch.device, _data: training.Data) -> Figures:
     """The default parameters from the first step to the finished grid and its metrics, twice from nothing."""
     outputs = ("models/diffusion_model.pth", "output/samples.npz", "output/metrics/evaluate.json")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
     digests = []
     for run in ("first", "second"):
         with tempfile.TemporaryDirectory() as folder:
@@ -192,7 +193,6 @@ def default(device: torch.device, _data: training.Data) -> Figures:
             params = yaml.safe_load((ROOT / "params.yaml").read_text())
             params["runtime"] |= {"device": str(device)}
             (here / "params.yaml").write_text(yaml.safe_dump(params))
-            environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
             environment |= {"TORCHINDUCTOR_CACHE_DIR": str(here / "inductor"), "TRITON_CACHE_DIR": str(here / "triton")}
             for stage in STAGES:
                 began, command = time.monotonic(), [sys.executable, f"src/{stage}.py"]

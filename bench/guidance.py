@@ -7,7 +7,7 @@ from ddpm.data import CLASSES, load_split
 from ddpm.features import extract, extract_cached
 from ddpm.metrics import fid, prdc
 from evaluate import class_balanced
-from measure import QUICK, evaluator, published, table
+from measure import evaluator, published, table
 
 SCALES = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 COLUMNS = ("fid", "precision", "recall", "class_accuracy")
@@ -21,7 +21,7 @@ def run(full: bool) -> dict:
     real, _ = extract(classifier, test[class_balanced(test_labels, torch.arange(count) % len(CLASSES), 0)], device)
     rows = {}
     for scale in scales:
-        images, labels = published(count, guidance_scale=scale, **({} if full else QUICK))
+        images, labels = published(count, quick=not full, guidance_scale=scale)
         features, predicted = extract(classifier, images, device)
         shares = prdc(features, real)
         rows[str(scale)] = {

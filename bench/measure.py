@@ -27,7 +27,6 @@ from ddpm.generation import Generator, batches
 from ddpm.params import SampleParams
 from evaluate import load_samples
 
-QUICK = {"steps": 5}  # of the published model's samples, for the short forms
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "denoising-diffusion-pytorch", "smalldiffusion", "mlflow", "dvc")
 
@@ -139,17 +138,25 @@ def drawn(model: Path, sampling: SampleParams, count: int, **changes: object) ->
     return torch.cat(images), torch.cat(labels)
 
 
-def published(count: int, **changes: object) -> tuple[Tensor, Tensor]:
+def published(count: int, quick: bool = False, **changes: object) -> tuple[Tensor, Tensor]:
     """The same of the model that comes with the repository, as its card says but for these changes.
 
-    Without changes, the first of the samples that its card's metrics are of: those that are at hand, or drawn again.
+    Without changes, the first of the samples that its card's metrics are of: those that are at hand, or drawn again. `quick`:
+    in few steps, for the short forms.
     """
-    p, samples = pretrained.sampling(ROOT), ROOT / pretrained.SAMPLES
-    if not changes and samples.exists():
-        images, labels, checkpoint = load_samples(samples)
-        if len(images) >= count and checkpoint == file_sha256(ROOT / pretrained.MODEL):
-            return guard("this project", to_model_range(images[:count])), labels[:count]
+    p, changes = pretrained.sampling(ROOT), changes | ({"steps": 5} if quick else {})
+    if not changes and (first := first_samples(ROOT / pretrained.SAMPLES, ROOT / pretrained.MODEL, count)):
+        images, labels = first
+        return guard("this project", to_model_range(images)), labels
     return drawn(pretrained.MODEL, p, count, **(changes or {"seed": p.seed}))
+
+
+def first_samples(path: Path, model: Path, count: int) -> tuple[Tensor, Tensor] | None:
+    """The first of the samples in a file, and their classes; None where it has fewer, or another model's, or isn't there."""
+    if not path.exists():
+        return None
+    images, labels, checkpoint = load_samples(path)
+    return (images[:count], labels[:count]) if len(images) >= count and checkpoint == file_sha256(model) else None
 
 
 def evaluator() -> Classifier:

@@ -36,7 +36,7 @@ from ddpm.checkpoint import MODEL, load_model
 from ddpm.files import file_sha256, serialise, write_atomic
 from ddpm.params import UserError, between, clean_errors
 from ddpm.resume import fingerprint
-from measure import RESULTS, keep, kept, machine
+from measure import RESULTS, first_samples, keep, kept, machine
 from models import table_of_metrics
 from preset import merge
 
@@ -127,18 +127,23 @@ class Work:
             shutil.copy(self.root / METRICS, path)
         return json.loads(path.read_text())
 
+    def measure(self, part: str) -> None:
+        self.step(f"bench: {part}", "bench/run.py", "--full", part)
+
+    def results(self) -> list[Path]:
+        """What the parts of the bench left that have been measured here; the copy came with others."""
+        measured = [part for part in (SWEEP, *PARTS) if f"bench: {part}" in self.done]
+        paths = [RESULTS / f"{part}.json" for part in measured] + ([classes.PICTURE] if "classes" in measured else [])
+        return [self.root / path.relative_to(ROOT) for path in paths]
+
     def keep_first(self, count: int) -> bool:
         """Of the samples that are there; False where they are fewer, or another model's. Image i is the same in any number."""
-        path = self.root / "output/samples.npz"
-        if not path.exists():
+        path, model = self.root / "output/samples.npz", self.root / MODEL
+        if (first := first_samples(path, model, count)) is None:
             return False
-        with np.load(path) as archive:
-            content = dict(archive)
-        if len(content["images"]) < count or content["checkpoint_sha256"] != file_sha256(self.root / MODEL):
-            return False
-        content |= {name: content[name][:count] for name in ("images", "labels")}
+        images, labels = first
         archive = io.BytesIO()
-        np.savez_compressed(archive, **content)
+        np.savez_compressed(archive, images=images.numpy(), labels=labels.numpy(), checkpoint_sha256=file_sha256(model))
         write_atomic(path, archive.getvalue())
         return True
 
@@ -152,15 +157,9 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
     work.write_params(count=count)
     work.step("train", "src/train.py")
     model = work.root / MODEL
-    results: list[Path] = []
-
-    def measure(part: str) -> None:
-        work.step(f"bench: {part}", "bench/run.py", "--full", part)
-        results.extend([RESULTS / f"{part}.json", *([classes.PICTURE] if part == "classes" else [])])
-
     if count == ENOUGH:
         publish(work, {"params": work.settings})
-        measure(SWEEP)
+        work.measure(SWEEP)
         tried = json.loads((work.root / f"bench/results/{SWEEP}.json").read_text())["rows"]
         work.settings["sample"]["guidance_scale"] = float(min(tried, key=lambda scale: tried[scale]["fid"]))
     as_trained = work.evaluated("as trained", count)
@@ -193,19 +192,15 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
         "params": work.settings,
     }
     publish(work, card)
-
-    def leave_results() -> None:
-        pack(out / "results.zip", work.root, [work.root / path.relative_to(ROOT) for path in results])
-
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(work.root / "output/samples.npz", work.root / pretrained.SAMPLES)
     for path in (pretrained.MODEL, pretrained.CARD, pretrained.SAMPLES, "runs.zip", work.log):
         shutil.copy(work.root / path, out)
     pack(out / "pictures.zip", work.root, [path for pattern in PICTURES for path in work.root.glob(pattern)])
-    leave_results()
+    pack(out / "results.zip", work.root, work.results())
     for part in PARTS if count == ENOUGH else ():  # the model is out by now: where time runs out, these are what is lost
-        measure(part)
-        leave_results()
+        work.measure(part)
+        pack(out / "results.zip", work.root, work.results())
     work.say(f"done in {sum(work.seconds.values()):.0f} s; all of it is in {out}")
     shutil.copy(work.log, out)
     for path in out.iterdir():

@@ -52,9 +52,8 @@ def main() -> None:
         result = {"minutes": round((time.monotonic() - began) / 60, 1)} | result | {"full": options.full}
         if options.full:
             keep(name, result)
-        print(PARTS[name].report(result), flush=True)
-        if options.full:
             write_pages()
+        print(PARTS[name].report(result), flush=True)
     if options.report:
         write_pages()
 
