@@ -123,11 +123,14 @@ def test_a_gpu_report_tells_what_there_is():
         "MB an image": 2.0,
     }
     parts = {"rates": rates, "peers": {"diffusers": 5000.0}, "helped": {"diffusers": "RuntimeError: no"}}
+    parts["fast"] = {"images/s": 60_000.0}
     parts["default"] = {"first run: train, s": 44.13, "first run: sample, s": 10.5, "fid": 0.07, "fid_floor": 0.005}
     result = {name: {"on": on, "figures": figures} for name, figures in parts.items()}
     text = gpu.report(result)
-    assert "| this project | 40,000 |" in text
-    assert "| diffusers: eager, data on the host | 5,000 | 8.0 |" in text
+    assert "| this project | 40,000 |" in text and "| this project, `runtime.deterministic: false` | 60,000 |" in text
+    assert "| diffusers: eager, data on the host | 5,000 | 8.0 | 12.0 |" in text
+    del result["fast"]
+    assert "| diffusers: eager, data on the host | 5,000 | 8.0 |\n" in gpu.report(result)
     assert "| diffusers: compiled, channels_last, data on the device | RuntimeError: no |" in text
     assert "| matrix products | 800 TFLOP/s | 2.0% |" in text and "| memory | 4,000 GB/s | 2.0% |" in text
     assert "| first run | 44.1 s | 10.5 s |  |" in text and "14.0 times the floor" in text
