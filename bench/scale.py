@@ -38,7 +38,7 @@ with joined(torch.device("cpu")) as group, tempfile.TemporaryDirectory() as fold
 """
 FP32_BYTES = 4
 PRESET = ROOT / "presets/h100.yaml"  # whose training on several GPUs is forecast
-RATE = 97e12  # FLOP/s that it reached on one H200, at 512 images a step (docs/RESULTS.md)
+RATE = 97e12  # FLOP/s that it reached on one H200, at 512 images a step, as CUDA graphs (docs/RESULTS.md)
 # What the forecast assumes of what connects GPUs; none of it is measured here.
 LINK = {8: 450e9, 64: 50e9}  # bytes a second and GPU: NVLink within a node of 8, a 400 Gbit/s adapter each between nodes
 LATENCY = 30e-6  # seconds of an all-reduce that has next to nothing to carry
@@ -114,6 +114,7 @@ as many GPUs as share a step's batch:
 
 {table(header, rows)}
 
-It assumes the {RATE / 1e12:.0f} TFLOP/s that it reached on one H200 with 512 images a step, which fewer would not; links of \
-{LINK[8] / 1e9:.0f} GB/s within eight and {LINK[64] / 1e9:.0f} GB/s between more, {LATENCY * 1e6:.0f} µs an all-reduce, a ring, \
-and no overlap of computing and communicating. The default model gains nothing: launching its kernels is what takes the time."""
+It assumes the {RATE / 1e12:.0f} TFLOP/s that it reached on one H200 with 512 images a step and CUDA graphs, which fewer \
+images would not, nor several processes, which have no such graphs; links of {LINK[8] / 1e9:.0f} GB/s within eight and \
+{LINK[64] / 1e9:.0f} GB/s between more, {LATENCY * 1e6:.0f} µs an all-reduce, a ring, and no overlap of computing and \
+communicating. On GPUs the default model gains nothing: launching its kernels is what takes the time."""
