@@ -120,4 +120,4 @@ def plot(result: dict, axes) -> None:
     axes.set_ylabel(f"FID, {result['samples']} samples")
     axes.set_title("Quality against training time")
     axes.set_xticks(minutes := [1, 2, 5, 10, 20], [str(m) for m in minutes])
-    axes.legend()
+    axes.legend(loc="lower left", fontsize="small")
