@@ -25,7 +25,7 @@ from mlflow import MlflowClient
 
 from contenders import ROOT
 from ddpm.files import file_sha256
-from measure import table
+from measure import own_environment, table
 
 STAGES = ("download", "train", "sample", "evaluate")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)  # the merciless one twice as often
@@ -83,8 +83,8 @@ def start(folder: Path, stage: str) -> subprocess.Popen:
 
 
 def environment() -> dict[str, str]:
-    """This process's, without what an outer DVC or MLflow would tell the pipeline, and with this Python first on the path."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
+    """`own_environment`, with this Python first on the path."""
+    clean = own_environment()
     return {**clean, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"}
 
 

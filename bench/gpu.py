@@ -8,7 +8,6 @@ DVC nor MLflow (a training keeps its journal). The default pipeline runs twice, 
 import argparse
 import json
 import math
-import os
 import shutil
 import statistics
 import subprocess
@@ -32,7 +31,7 @@ from ddpm.data import RAW, load_split, to_model_range
 from ddpm.device import can_compile, select_device
 from ddpm.files import file_sha256
 from ddpm.params import UserError, clean_errors, load_params
-from measure import Rates, gemm_rate, gflop, keep, kept, machine, seconds, table
+from measure import Rates, gemm_rate, gflop, keep, kept, machine, own_environment, seconds, table
 
 BATCH, STEPS = 512, 300
 MATRIX = 8192  # the side of the matrices that measure the rate
@@ -52,6 +51,7 @@ def main() -> None:
     data = training.Data(*(x.to(device) for split in ("train", "test") for x in load_split(ROOT / RAW, split)))
     result = kept("gpu") or {}
     for name in options.parts or PARTS:
+        torch.compiler.reset()  # or its kernels are for any batch size, once it has seen two: slow, and one crashed
         figures = {}
         result[name] = {"on": machine(), "figures": figures}
         try:
@@ -116,7 +116,6 @@ def own_rate(
     settings = {"batch_size": batch, "steps": STEPS, "report_every": STEPS, "precision": "bfloat16"}
     p = load_params(ROOT / "params.yaml").train.model_copy(update=settings)
     worth, training.WORTH_FUSING = training.WORTH_FUSING, 0 if fused else math.inf
-    torch.compiler.reset()  # or kernels for any batch size, once it has seen two
     try:
         with tempfile.TemporaryDirectory() as folder:
             training.train(p, data, device, Path(folder), log := Rates(), compile_model=compile_model and can_compile(device))
@@ -131,7 +130,6 @@ def peer_rate(peer: Contender, device: torch.device, data: training.Data, helped
         peer.model.to(memory_format=torch.channels_last)
     peer.start(device, bfloat16=True)
     if helped and can_compile(device):
-        torch.compiler.reset()
         peer.model.compile(mode="reduce-overhead")
     images, labels = (data.images, data.labels) if helped else (data.images.cpu(), data.labels.cpu())
 
@@ -189,7 +187,7 @@ class Traffic(TorchDispatchMode):
 def default(device: torch.device, _data: training.Data) -> Figures:
     """The default parameters from the first step to the finished grid and its metrics, twice from nothing."""
     outputs = ("models/diffusion_model.pth", "output/samples.npz", "output/metrics/evaluate.json")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
+    environment = own_environment()
     digests = []
     for run in ("first", "second"):
         with tempfile.TemporaryDirectory() as folder:
@@ -229,8 +227,8 @@ def report(result: dict) -> str:
         for part, how in HELP.items():
             for name, value in known.get(part, {}).items():
                 failed = isinstance(value, str)
-                shown = [value, *[""] * len(own)] if failed else [f"{value:,.0f}", *(f"{x / value:.1f}" for x in own.values())]
-                rows.append([f"{name}: {how}", *shown])
+                factors = ["" if failed else f"{x / value:.1f}" for x in own.values()]
+                rows.append([f"{name}: {how}", value if failed else f"{value:,.0f}", *factors])
         tables.append(table([f"training in bf16, batch {BATCH}", "images/s", *header], rows))
     if "MB an image" in r:
         shares = []

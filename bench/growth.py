@@ -3,7 +3,6 @@
 Memory is a process's own peak (Linux's VmHWM; elsewhere it isn't measured), so every figure has a process of its own.
 """
 
-import os
 import re
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ import yaml
 
 from contenders import NULL_CLASS, ROOT, SHAPE, Ours
 from ddpm.params import load_params
-from measure import seconds, table
+from measure import own_environment, seconds, table
 
 WIDTHS = ([24, 48], [48, 96], [96, 192], [192, 384])
 BATCHES = (16, 32, 64, 128, 256, 512)
@@ -59,7 +58,7 @@ def apart(code: str, folder: Path) -> tuple[str, float]:
     (Not getrusage's: a process inherits that peak from the one that started it.)
     """
     code += "; import pathlib; p = pathlib.Path('/proc/self/status'); print('#status', p.read_text() if p.exists() else '')"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
+    environment = own_environment()
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True
     )

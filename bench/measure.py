@@ -60,6 +60,11 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
+def own_environment() -> dict[str, str]:
+    """This process's, without what an outer DVC or MLflow would tell the pipeline."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
+
+
 class Rates(list):
     """A log of training that keeps the images/s of every window, and nothing else."""
 

@@ -14,7 +14,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -36,7 +35,7 @@ from ddpm.checkpoint import MODEL, load_model
 from ddpm.files import file_sha256, serialise, write_atomic
 from ddpm.params import UserError, between, clean_errors
 from ddpm.resume import fingerprint
-from measure import RESULTS, first_samples, keep, kept, machine
+from measure import RESULTS, first_samples, keep, kept, machine, own_environment
 from models import table_of_metrics
 from preset import merge
 
@@ -77,7 +76,7 @@ class Work:
         """Run a program of the copy, unless that has been done; where we are stopped it is, gently, and goes on next time."""
         if name in self.done:
             return
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
+        environment = own_environment()
         environment |= {"MLFLOW_TRACKING_URI": NOWHERE, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
         self.say(f"{name}: python {' '.join(command)}")
         began = time.monotonic()
