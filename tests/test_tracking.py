@@ -16,7 +16,7 @@ import time
 import urllib.request
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -407,6 +407,31 @@ def test_a_stopped_run_is_killed_and_its_resumption_finishes_the_same_run(root, 
     finished = client.get_run(stopped.info.run_id)
     assert finished.info.status == "FINISHED"
     assert history(client, finished, "train/loss") == [(1, 1.0), (2, 2.0)]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("started", [False, True])
+def test_a_signal_while_the_thread_that_ships_is_started(root, client, monkeypatch, capfd, started):
+    """Before the thread is there, or before it has begun."""
+    start, marker = threading._start_new_thread, f"interrupted start {started}"
+
+    def interrupted(bootstrap: Callable[[], None], arguments: tuple) -> None:
+        monkeypatch.setattr(threading, "_start_new_thread", start)
+        if started:
+            start(lambda: (time.sleep(0.2), bootstrap()), arguments)
+        raise Stopped(signal.SIGINT)
+
+    folder = root / ".resume" / marker
+    monkeypatch.setattr(threading, "_start_new_thread", interrupted)
+    with pytest.raises(Stopped), start_run("train", {}, root, folder):
+        pass
+    stopped = runs(client, "attributes.status = 'KILLED'")[0]
+    assert stopped.data.tags["journal"] == next(e["start"]["journal"] for e in Journal(folder).entries if "start" in e)
+    time.sleep(0.5)
+    assert capfd.readouterr().err == ""
+    with start_run("train", {}, root, folder):
+        pass
+    assert client.get_run(stopped.info.run_id).info.status == "FINISHED"
 
 
 def test_a_run_killed_between_its_end_and_its_cleanup_stays_one_run(root, client, monkeypatch):

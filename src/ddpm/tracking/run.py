@@ -40,7 +40,7 @@ class Run:
         self.start = {**start, "journal": uuid.uuid4().hex, "time": _now()}
         self.store = Store(root, self.journal, next((e["start"] for e in self.queue if "start" in e), self.start))
         self.finishing, self.shipped, self.refused = threading.Event(), threading.Event(), False
-        self.thread = threading.Thread(target=self._ship, daemon=True)
+        self.thread, self.shipping = None, threading.Lock()
 
     def begin(self, required: bool) -> None:
         """Raises UserError if the store is required and can't be reached; then there is no run."""
@@ -56,7 +56,7 @@ class Run:
                     self.journal.path.unlink()
                 told = f"MLflow at {self.store.address}: {root_cause(error)}"
                 raise UserError(f"{told}; mend that, or set runtime.require_mlflow: false") from None
-        self.thread.start()
+        self._start_shipping()
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -101,8 +101,8 @@ class Run:
             self.journal.append(end)
         self.queue.append(end)
         self.finishing.set()
-        if self.thread.ident is None:  # a signal was quicker
-            self.thread.start()
+        if self.thread is None:  # a signal was quicker
+            self._start_shipping()
         self.store.wait(self.thread)
         self.journal.file.close()
         folder = self.journal.folder
@@ -125,7 +125,16 @@ class Run:
         self.journal.append(entry)
         self.queue.append(entry)
 
+    def _start_shipping(self) -> None:
+        thread = threading.Thread(target=self._ship, daemon=True)
+        thread.start()  # a signal in here leaves open whether it runs
+        self.thread = thread
+
     def _ship(self) -> None:
+        with self.shipping:  # a second thread, started because of that, finds what the first has left
+            self._ship_all()
+
+    def _ship_all(self) -> None:
         while not self.store.given_up:
             try:
                 finishing = self.finishing.is_set()  # asked first: then the queue has all there will be
