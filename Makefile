@@ -4,6 +4,8 @@ VENV  := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
+# Once, at installation: where Python may not keep what it compiles, every start would do it anew, which takes seconds.
+export UV_COMPILE_BYTECODE := 1
 
 .PHONY: setup repro test lint bench compare report ui serve demo help
 .DEFAULT_GOAL := help
