@@ -6,6 +6,8 @@ FROM python:3.11-bookworm
 ARG TORCH=cpu
 
 WORKDIR /repo
+# Whoever runs it may not keep what Python compiles, and would wait for it at every start.
+ENV UV_COMPILE_BYTECODE=1
 RUN pip install --no-cache-dir uv
 COPY pyproject.toml requirements.txt ./
 RUN case "$TORCH" in \
