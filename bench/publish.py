@@ -12,7 +12,6 @@ docs/ and bench/results.
 
 import argparse
 import csv
-import io
 import json
 import shutil
 import subprocess
@@ -23,7 +22,6 @@ import zlib
 from pathlib import Path
 
 import jinja2
-import numpy as np
 import torch
 import yaml
 
@@ -38,6 +36,7 @@ from ddpm.resume import fingerprint
 from measure import RESULTS, first_samples, keep, kept, machine, own_environment
 from models import table_of_metrics
 from preset import merge
+from sample import write_samples
 
 COPIED = ("src", "bench", "presets", "models", "docs", "README.md", "params.yaml")
 SWEEP, PARTS = "guidance", ("classes", "cas")
@@ -140,10 +139,7 @@ class Work:
         path, model = self.root / "output/samples.npz", self.root / MODEL
         if (first := first_samples(path, model, count)) is None:
             return False
-        images, labels = first
-        archive = io.BytesIO()
-        np.savez_compressed(archive, images=images.numpy(), labels=labels.numpy(), checkpoint_sha256=file_sha256(model))
-        write_atomic(path, archive.getvalue())
+        write_samples(path, *first, file_sha256(model))
         return True
 
 

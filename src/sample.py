@@ -107,16 +107,10 @@ def draw(generator: Generator, p: SampleParams, folder: Path, group: Group = ALO
 
 
 def write_outputs(images: Tensor, history: list[Tensor], generator: Generator, p: SampleParams, checkpoint: str) -> None:
-    """`history`: the first images, uint8 [n, …], before the first network evaluation and after each.
-
-    The archive says by its SHA-256 which `checkpoint` drew them.
-    """
+    """`history`: the first images, uint8 [n, …], before the first network evaluation and after each."""
     classes = generator.class_ids(p)
-    archive = io.BytesIO()
     labels = torch.cat([labels for _, labels in batches(classes, p.count)])
-    labels = labels.masked_fill(labels == generator.null_class, -1)
-    np.savez_compressed(archive, images=images.numpy(), labels=labels.numpy(), checkpoint_sha256=checkpoint)
-    write_atomic(OUTPUT / "samples.npz", archive.getvalue())
+    write_samples(OUTPUT / "samples.npz", images, labels.masked_fill(labels == generator.null_class, -1), checkpoint)
 
     named = generator.null_class not in classes
     save_png(
@@ -127,6 +121,13 @@ def write_outputs(images: Tensor, history: list[Tensor], generator: Generator, p
     names = [generator.classes[c] for c in (classes * STRIP_ROWS)[: len(history[0])]] if named else []
     save_png(OUTPUT / "denoising.png", sheet(torch.stack(shown, dim=1).flatten(0, 1), len(shown), names))
     save_gif(OUTPUT / "denoising.gif", [sheet(x, columns=5) for x in evenly(history, GIF_FRAMES)])
+
+
+def write_samples(path: Path, images: Tensor, labels: Tensor, checkpoint: str) -> None:
+    """The archive of images uint8 [N, …] and labels int64 [N], which says by its SHA-256 which `checkpoint` drew them."""
+    archive = io.BytesIO()
+    np.savez_compressed(archive, images=images.numpy(), labels=labels.numpy(), checkpoint_sha256=checkpoint)
+    write_atomic(path, archive.getvalue())
 
 
 def row_a_class(images: Tensor, generator: Generator, classes: list[int]) -> Tensor:

@@ -93,10 +93,12 @@ def extract(
     classifier = classifier.to(device, memory_format=torch.channels_last)
     mine = group.share(images.split(batch_size))
     features, predictions = [torch.empty(0, FEATURES)], [torch.empty(0, dtype=torch.int64)]
-    for batch in tqdm(mine, unit="batch", desc=f"features of {len(images)}", dynamic_ncols=True, disable=not group.first):
-        f, logits = classifier(batch.to(device))
-        features.append(f.float().cpu())
-        predictions.append(logits.argmax(1).cpu())
+    options = {"unit": "batch", "desc": f"features of {len(images)}", "dynamic_ncols": True, "disable": not group.first}
+    with tqdm(mine, delay=1e-9, **options) as bar:  # not drawn before `with` can end its line
+        for batch in bar:
+            f, logits = classifier(batch.to(device))
+            features.append(f.float().cpu())
+            predictions.append(logits.argmax(1).cpu())
     return group.gather(torch.cat(features)), group.gather(torch.cat(predictions))
 
 
