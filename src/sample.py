@@ -72,6 +72,7 @@ def track_sampling(params: Params, generator: Generator, checkpoint: str, folder
         run.metrics(0, {"sample/seconds": seconds, "sample/images_per_second": drawn / seconds})
         for path in ("generated_samples.png", "denoising.png", "denoising.gif"):
             run.artifact(OUTPUT / path)
+        print(f"{len(images):,} images are in {OUTPUT / 'samples.npz'}, the first of them in {OUTPUT / 'generated_samples.png'}")
 
 
 def draw(generator: Generator, p: SampleParams, folder: Path, group: Group = ALONE) -> tuple[Tensor, list[Tensor], int] | None:

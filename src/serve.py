@@ -47,9 +47,22 @@ def main() -> None:
     if options.model is None and (champion := registry.champion(project_root())):
         source, checkpoint, sampling = champion
     generator = Generator(checkpoint, select_device(params.runtime.device, deterministic=params.runtime.deterministic))
-    print(f"{source}, at http://{HOST}:{options.port}; Ctrl-C ends it", flush=True)
+    app = application(generator, sampling, source)
+    told = f"{source}, at http://{HOST}:{options.port}; Ctrl-C ends it"
     with suppress(Stopped):
-        uvicorn.run(application(generator, sampling, source), host=HOST, port=options.port, log_level="warning")
+        Server(uvicorn.Config(app, host=HOST, port=options.port, log_level="warning"), told).run()
+
+
+class Server(uvicorn.Server):
+    """Prints `told` once it can be reached."""
+
+    def __init__(self, config: uvicorn.Config, told: str):
+        super().__init__(config)
+        self.told = told
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self.told, flush=True)
 
 
 def application(generator: Generator, sampling: SampleParams, source: str) -> FastAPI:

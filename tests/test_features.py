@@ -146,6 +146,16 @@ def test_with_the_weights_of_another_classifier(copy):
         load_classifier(copy)
 
 
+def test_the_one_in_git_comes_from_there(tmp_path, monkeypatch):
+    """Another training of it, on another machine, would measure otherwise."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    shutil.copy(CLASSIFIER.with_suffix(".json"), "models")
+    Path("models/classifier.pth").write_bytes(b"")
+    with pytest.raises(UserError, match=r"; `git checkout models/classifier\.pth models/classifier\.json` makes it anew$"):
+        load_classifier(Path("models/classifier.pth"))
+
+
 @pytest.mark.parametrize("where", [0, 40, 0.01, 0.3, 0.6, 0.9, 0.999, -1])
 def test_with_a_changed_byte(copy, where):
     data = bytearray(copy.read_bytes())
