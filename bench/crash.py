@@ -109,7 +109,15 @@ def training_faults(folder: Path) -> list[str]:
 
 
 def clone(folder: Path) -> Path:
-    """A clone of the repository in `folder`, as the working tree is, with the smoke preset applied and a state every window."""
+    """`smoke_clone`, whose training keeps a state every window."""
+    folder = smoke_clone(folder)
+    source = folder / "src/ddpm/training.py"
+    source.write_text(re.sub(r"(?m)^STATE_SECONDS = .*$", "STATE_SECONDS = 0", source.read_text()))
+    return folder
+
+
+def smoke_clone(folder: Path) -> Path:
+    """A clone of the repository in `folder`, as the working tree is, with the smoke preset applied."""
     folder = folder / "clone"
     subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
     listing = ["git", "ls-files", "-z", "--modified", "--others", "--exclude-standard"]
@@ -118,8 +126,6 @@ def clone(folder: Path) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
     subprocess.run([sys.executable, "src/preset.py", "smoke"], cwd=folder, stdout=subprocess.DEVNULL, check=True)
-    source = folder / "src/ddpm/training.py"
-    source.write_text(re.sub(r"(?m)^STATE_SECONDS = .*$", "STATE_SECONDS = 0", source.read_text()))
     return folder
 
 

@@ -28,6 +28,7 @@ from ddpm.params import SampleParams
 from evaluate import load_samples
 
 RESULTS = Path(__file__).parent / "results"
+GARBAGE = "garbage"  # in place of a figure, where the guard finds samples to be that
 PACKAGES = ("torch", "diffusers", "denoising-diffusion-pytorch", "smalldiffusion", "mlflow", "dvc")
 
 

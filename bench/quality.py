@@ -10,7 +10,7 @@ import torch
 from contenders import PEERS, ROOT, Contender, Ours
 from ddpm.data import load_split, to_model_range
 from ddpm.resume import fingerprint, load_state, save_state
-from measure import judge, machine, table
+from measure import GARBAGE, judge, machine, table
 
 BATCH, EVALUATIONS = 64, 20
 TURN = 60  # seconds
@@ -18,7 +18,7 @@ OWN_MINUTES, PEER_MINUTES = (1, 2, 5, 10, 20), (5, 10, 20)  # after which they a
 
 
 def run(full: bool) -> dict:
-    """`full`: two and a half hours. Interrupted and started again on the same machine, it goes on with the turn it was in."""
+    """`full`: three hours. Interrupted and started again on the same machine, it goes on with the turn it was in."""
     device = torch.device("cpu")
     own_minutes, peer_minutes, count = (OWN_MINUTES, PEER_MINUTES, 2000) if full else ((1,), (1,), 300)
     images, labels = load_split(ROOT / "data/FashionMNIST/raw", "train")
@@ -95,7 +95,7 @@ def judged(c: Contender, count: int, fid: Callable[[torch.Tensor], float]) -> fl
 
 
 def shown(value: float | None) -> str:
-    return "garbage" if value is None else f"{value:.3f}"
+    return GARBAGE if value is None else f"{value:.3f}"
 
 
 def report(result: dict) -> str:

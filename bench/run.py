@@ -1,9 +1,9 @@
 """`make bench`, or `python bench/run.py [--full] [part …]`: this project beside its peers, measured on this machine.
 
 Parts: throughput, step, growth, evaluations and quality, whose short form takes a quarter of an hour; guidance, classes, cas,
-scale, rates, samplers, seeds and ablations only run where they are named, or with --full, which takes some seven hours for all.
-Each part leaves its figures in bench/results/, and all of those become the tables and plots of docs/ and the README. `--report`
-only does the latter.
+waits, scale, rates, samplers, seeds and ablations only run where they are named, or with --full, which takes some eight hours
+for all. Each part leaves its figures in bench/results/, and all of those become the tables and plots of docs/ and the README.
+`--report` only does the latter. Where someone's samples are garbage, the table says so, and the exit status is 1.
 """
 
 import argparse
@@ -28,12 +28,13 @@ import scale
 import seeds
 import step
 import throughput
+import waits
 from contenders import ROOT
-from measure import keep, kept, machine
+from measure import GARBAGE, keep, kept, machine
 
 SHORT = {"throughput": throughput, "step": step, "growth": growth, "evaluations": evaluations, "quality": quality}
 PARTS = SHORT | {"guidance": guidance, "classes": classes, "cas": cas}
-PARTS |= {"scale": scale, "rates": rates, "samplers": samplers, "seeds": seeds, "ablations": ablations}
+PARTS |= {"waits": waits, "scale": scale, "rates": rates, "samplers": samplers, "seeds": seeds, "ablations": ablations}
 TOLD = PARTS | {"models": models, "gpu": gpu}  # what publish.py and gpu.py have measured
 PAGES = [ROOT / page for page in ("docs/RESULTS.md", "docs/OPERATIONS.md", "README.md")]
 PICTURES = ROOT / "docs/images"
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="part", help=", ".join(PARTS))
     parser.add_argument("--full", action="store_true", help="the long form, for docs/RESULTS.md")
     parser.add_argument("--report", action="store_true", help="measure nothing; write the page from bench/results")
-    options = parser.parse_args()
+    options, spoilt = parser.parse_args(), []
     for name in [] if options.report else options.parts or (PARTS if options.full else SHORT):
         print(f"— {name}", flush=True)
         on, began = machine(), time.monotonic()  # before an edit can change the commit
@@ -53,9 +54,12 @@ def main() -> None:
         if options.full:
             keep(name, result)
             write_pages()
-        print(PARTS[name].report(result), flush=True)
+        print(told := PARTS[name].report(result), flush=True)
+        spoilt += [name] * (f"| {GARBAGE} |" in told)
     if options.report:
         write_pages()
+    if spoilt:
+        sys.exit(f"blank images, or no numbers, among the samples of: {', '.join(spoilt)}")
 
 
 def write_pages() -> None:

@@ -1,13 +1,16 @@
 """The bench's own pieces: that its comparison is between equals, that garbage stops it, and that the page is its figures."""
 
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import gpu
 import quality
+import run
 from contenders import NULL_CLASS, PEERS, SHAPE, Contender, Ours, guard, unet2d
 from ddpm.data import load_split
 from measure import RESULTS, gflop, kept
@@ -110,7 +113,12 @@ def test_garbage_is_no_figure(monkeypatch):
     assert quality.judged(contender, 20, lambda images: float(images.shape[0])) == 20
     monkeypatch.setattr(contender, "sample", lambda labels, evaluations: torch.zeros(len(labels), *SHAPE))
     rows = {"x": {"fid": {"1": 0.5, "2": quality.judged(contender, 20, len)}, "images_seen": 64}}
-    assert "| x | 0.500 | garbage | 64 |" in quality.report({"rows": rows, "samples": 20, "evaluations": 20})
+    told = quality.report({"rows": rows, "samples": 20, "evaluations": 20})
+    assert "| x | 0.500 | garbage | 64 |" in told
+    monkeypatch.setitem(PARTS, "rates", SimpleNamespace(run=lambda full: {}, report=lambda result: told))
+    monkeypatch.setattr(sys, "argv", ["run.py", "rates"])
+    with pytest.raises(SystemExit, match="among the samples of: rates"):
+        run.main()
 
 
 def test_a_gpu_report_tells_what_there_is():

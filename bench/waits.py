@@ -1,0 +1,54 @@
+"""How long the commands take that one waits for: each from its start to its end, imports included."""
+
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+from contenders import ROOT
+from crash import environment, smoke_clone
+from ddpm.checkpoint import MODEL
+from measure import table
+
+PIPELINE, NOTHING = "the whole pipeline of the preset `smoke`", "`dvc repro` with nothing to do"
+GRID, DEMO = "`python src/sample.py`, a grid of 100 images", "`python src/demo.py`, the larger model"
+REPEATS = 5
+
+
+def run(full: bool) -> dict:
+    """Medians, but for the pipeline, which runs once; in a clone, with the model of the default run."""
+    repeats, seconds = REPEATS if full else 1, {}
+    with tempfile.TemporaryDirectory() as folder:
+        clone = smoke_clone(Path(folder))
+        change(clone, {"data": {"folder": str(ROOT / "data/FashionMNIST/raw")}})
+        seconds[PIPELINE] = [timed(clone, "dvc", "repro")]
+        seconds[NOTHING] = [timed(clone, "dvc", "repro") for _ in range(repeats)]
+        sampling = yaml.safe_load((ROOT / "params.yaml").read_text())["sample"]
+        change(clone, {"sample": sampling | {"count": 100}})
+        seconds[GRID] = [timed(clone, "python", "src/sample.py", str(ROOT / MODEL)) for _ in range(repeats)]
+        seconds[DEMO] = [timed(clone, "python", "src/demo.py") for _ in range(repeats)]
+    return {"seconds": {what: statistics.median(values) for what, values in seconds.items()}, "repeats": repeats}
+
+
+def change(clone: Path, sections: dict) -> None:
+    path = clone / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({name: section | sections.get(name, {}) for name, section in params.items()}))
+
+
+def timed(clone: Path, *command: str) -> float:
+    began = time.perf_counter()
+    done = subprocess.run(
+        command, cwd=clone, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: {done.stdout[-1000:]}")
+    return time.perf_counter() - began
+
+
+def report(result: dict) -> str:
+    rows = [[what, f"{value:.1f}"] for what, value in result["seconds"].items()]
+    return table(["", "seconds"], rows) + f"\n\nMedians of {result['repeats']}, but for the first, which is a single run."
