@@ -25,6 +25,7 @@ import yaml
 from contenders import ROOT
 from ddpm.files import file_sha256
 from measure import own_environment, table
+from preset import merge
 
 STAGES = ("download", "train", "sample", "evaluate")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)  # the merciless one twice as often
@@ -110,14 +111,14 @@ def training_faults(folder: Path) -> list[str]:
 
 
 def clone(folder: Path) -> Path:
-    """`smoke_clone`, whose training keeps a state every window."""
-    folder = smoke_clone(folder)
+    """`plain_clone`, whose training keeps a state every window."""
+    folder = plain_clone(folder)
     source = folder / "src/ddpm/training.py"
     source.write_text(re.sub(r"(?m)^STATE_SECONDS = .*$", "STATE_SECONDS = 0", source.read_text()))
     return folder
 
 
-def smoke_clone(folder: Path) -> Path:
+def plain_clone(folder: Path) -> Path:
     """A clone of the repository in `folder`, as the working tree is, with the smoke preset applied."""
     folder = folder / "clone"
     subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
@@ -128,6 +129,13 @@ def smoke_clone(folder: Path) -> Path:
             shutil.copyfile(ROOT / name, folder / name)
     subprocess.run([sys.executable, "src/preset.py", "smoke"], cwd=folder, stdout=subprocess.DEVNULL, check=True)
     return folder
+
+
+def edit_params(clone: Path, changes: dict) -> None:
+    path = clone / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    list(merge(params, changes))  # in place; it yields what it changed
+    path.write_text(yaml.safe_dump(params))
 
 
 def victims(folder: Path) -> list[Victim]:

@@ -21,7 +21,7 @@ from contenders import ROOT, SAMPLE_SEED, guard
 from ddpm import pretrained
 from ddpm.data import to_model_range
 from ddpm.device import select_device
-from ddpm.features import Classifier, extract, extract_cached, load_classifier
+from ddpm.features import FROZEN, Classifier, extract, extract_cached, load_classifier
 from ddpm.files import file_sha256
 from ddpm.generation import Generator, batches
 from ddpm.params import SampleParams
@@ -166,7 +166,7 @@ def first_samples(path: Path, model: Path, count: int) -> tuple[Tensor, Tensor] 
 
 
 def evaluator() -> Classifier:
-    return load_classifier(ROOT / "models/classifier.pth")
+    return load_classifier(ROOT / FROZEN)
 
 
 def judge(images: Tensor) -> Callable[[Tensor], float]:

@@ -55,7 +55,8 @@ def main() -> None:
             keep(name, result)
             write_pages()
         print(told := PARTS[name].report(result), flush=True)
-        spoilt += [name] * (f"| {GARBAGE} |" in told)
+        if f"| {GARBAGE} |" in told:
+            spoilt.append(name)
     if options.report:
         write_pages()
     if spoilt:

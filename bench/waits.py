@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from contenders import ROOT
-from crash import environment, smoke_clone
+from crash import edit_params, environment, plain_clone
 from ddpm.checkpoint import MODEL
 from measure import table
 
@@ -22,21 +22,15 @@ def run(full: bool) -> dict:
     """Medians, but for the pipeline, which runs once; in a clone, with the model of the default run."""
     repeats, seconds = REPEATS if full else 1, {}
     with tempfile.TemporaryDirectory() as folder:
-        clone = smoke_clone(Path(folder))
-        change(clone, {"data": {"folder": str(ROOT / "data/FashionMNIST/raw")}})
+        clone = plain_clone(Path(folder))
+        edit_params(clone, {"data": {"folder": str(ROOT / "data/FashionMNIST/raw")}})
         seconds[PIPELINE] = [timed(clone, "dvc", "repro")]
         seconds[NOTHING] = [timed(clone, "dvc", "repro") for _ in range(repeats)]
         sampling = yaml.safe_load((ROOT / "params.yaml").read_text())["sample"]
-        change(clone, {"sample": sampling | {"count": 100}})
+        edit_params(clone, {"sample": sampling | {"count": 100}})
         seconds[GRID] = [timed(clone, "python", "src/sample.py", str(ROOT / MODEL)) for _ in range(repeats)]
         seconds[DEMO] = [timed(clone, "python", "src/demo.py") for _ in range(repeats)]
     return {"seconds": {what: statistics.median(values) for what, values in seconds.items()}, "repeats": repeats}
-
-
-def change(clone: Path, sections: dict) -> None:
-    path = clone / "params.yaml"
-    params = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump({name: section | sections.get(name, {}) for name, section in params.items()}))
 
 
 def timed(clone: Path, *command: str) -> float:

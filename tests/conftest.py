@@ -66,7 +66,7 @@ def coloured_run(tmp_path_factory) -> Path:
     test_folder.py looks at it, and then test_processes.py trains in it.
     """
     import crash
-    from test_pipeline import edit_params, run, stages_run
+    from test_pipeline import run, stages_run
 
     folder = tmp_path_factory.mktemp("coloured")
     for i, name in enumerate(("red", "green", "blue")):
@@ -82,7 +82,7 @@ def coloured_run(tmp_path_factory) -> Path:
         "train": {"steps": 200, "learning_rate": 0.01},
         "sample": {"count": 30},
     }
-    edit_params(clone, changes)
+    crash.edit_params(clone, changes)
     run(clone, "dvc", "repro", "download")
     run(clone, sys.executable, "src/train_classifier.py", "--out", "models/classifier-colours.pth")
     assert stages_run(run(clone, "dvc", "repro")) == ["train", "sample", "evaluate"]

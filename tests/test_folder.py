@@ -14,10 +14,11 @@ import torchvision
 from PIL import Image
 
 import crash
+from crash import edit_params
 from ddpm.data import idx_header, load_data, map_idx
 from ddpm.folder import take_folder
 from ddpm.params import UserError
-from test_pipeline import edit_params, start
+from test_pipeline import start
 
 ROOT = Path(__file__).resolve().parents[1]
 

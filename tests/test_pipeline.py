@@ -23,6 +23,7 @@ from PIL import Image
 from torchvision.datasets import FashionMNIST
 
 import crash
+from crash import edit_params
 from ddpm.resume import load_state
 
 pytestmark = pytest.mark.pipeline
@@ -38,15 +39,6 @@ def run(clone: Path, *command: str) -> str:
 def start(clone: Path, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, *arguments]
     return subprocess.Popen(command, cwd=clone, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def merge(base: dict, changes: dict) -> dict:
-    return {**base, **{k: merge(base[k], v) if isinstance(v, dict) else v for k, v in changes.items()}}
-
-
-def edit_params(clone: Path, changes: dict) -> None:
-    path = clone / "params.yaml"
-    path.write_text(yaml.safe_dump(merge(yaml.safe_load(path.read_text()), changes)))
 
 
 def stages_run(output: str) -> list[str]:

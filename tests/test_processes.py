@@ -15,8 +15,9 @@ import mlflow
 import psutil
 import pytest
 
+from crash import edit_params
 from ddpm.resume import load_state
-from test_pipeline import ENVIRONMENT, edit_params, mlflow_runs, start
+from test_pipeline import ENVIRONMENT, mlflow_runs, start
 
 pytestmark = pytest.mark.pipeline
 STEPS = 200  # of that run
