@@ -42,6 +42,7 @@ class Victim:
     seconds: float
     lock: bytes
     digests: dict[str, str]
+    said: str = ""  # by the commands since the last that ran to its end
 
     def strike(self, number: int, moment: float) -> bool:
         """Stop the command `moment` seconds after its start; whether it still ran then."""
@@ -50,7 +51,7 @@ class Victim:
         struck = process.poll() is None
         if struck:
             os.killpg(process.pid, number)
-        process.communicate()  # till the last process of the session has closed its end
+        self.said += process.communicate()[0]  # till the last process of the session has closed its end
         return struck
 
     def faults(self) -> list[str]:
@@ -63,10 +64,12 @@ class Victim:
             output, _ = process.communicate()
         if process.returncode:
             return [f"exit status {process.returncode}: {output[-1000:]}"]
+        said, self.said = self.said + output, ""
         now = digests(self.folder)
         names = sorted(name for name in self.digests.keys() | now.keys() if self.digests.get(name) != now.get(name))
         faults = [f"differs: {name}" for name in names] + (training_faults(self.folder) if self.stage == "train" else [])
-        return faults + [f"left behind: {path}" for path in (self.folder / ".resume").iterdir() if path.is_dir()]
+        faults += [f"left behind: {path}" for path in (self.folder / ".resume").iterdir() if path.is_dir()]
+        return [*faults, f"the commands said: {said[-2000:]}"] if faults else []
 
 
 def start(folder: Path, stage: str) -> subprocess.Popen:

@@ -1,7 +1,11 @@
 import copy
 import datetime
 import math
+import os
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -327,3 +331,33 @@ def test_project_root_is_dvcs_where_dvc_has_one(tmp_path, monkeypatch):
     (tmp_path / ".dvc").unlink()
     (tmp_path / ".dvc").mkdir()
     assert project_root() == tmp_path.resolve()
+
+
+IMPORT = """
+try:
+    import library
+except ImportError:
+    print("without", flush=True)
+"""
+COLLECTION = """
+class Dying:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+        print("more", flush=True)
+Dying()
+"""
+
+
+@pytest.mark.parametrize(("code", "said"), [(IMPORT, "the whole library\n"), (COLLECTION, "")], ids=["import", "collection"])
+def test_a_signal_in_an_import_or_in_the_collection_of_garbage(tmp_path, code, said):
+    """A whole import: one that was cut short kept a lock, or passed for one of a library that isn't there."""
+    (tmp_path / "library.py").write_text(
+        "import signal, time\n"
+        "try:\n    signal.raise_signal(signal.SIGTERM)\n    time.sleep(0.2)\nexcept BaseException:\n    raise ImportError\n"
+        "print('the whole library', flush=True)\n"
+    )
+    block = textwrap.indent(f"{code}\ntime.sleep(20)\n", "    ")
+    program = f"import signal, time\nfrom ddpm.params import clean_errors\nwith clean_errors():\n{block}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(tmp_path)])}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (143, said, "stopped; the same command goes on\n")

@@ -7,9 +7,11 @@ import os
 import reprlib
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -308,11 +310,30 @@ def between(low: int, high: int) -> Callable[[str], int]:
 
 @contextmanager
 def clean_errors() -> Iterator[None]:
-    """End the program with one line where the user's mistake (exit status 1) or a signal (143, 130) is the cause."""
+    """End the program with one line where the user's mistake (exit status 1) or a signal (143, 130) is the cause.
 
-    def stop(number: int, _frame: object) -> None:
-        raise Stopped(number)
+    A signal waits until imports are done, which would else keep a lock that other threads then wait for, or tell an importer
+    that can do without that there is no such library. Where it strikes in a callback of the garbage collector, which lets no
+    exception out, it strikes again.
+    """
 
+    def again(number: int) -> None:
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if any(f.f_code.co_filename.startswith("<frozen importlib") for f, _ in traceback.walk_stack(frame)):
+            again(number)
+        else:
+            raise Stopped(number)
+
+    def lost(ignored: "sys.UnraisableHookArgs") -> None:
+        if isinstance(ignored.exc_value, Stopped):
+            again(ignored.exc_value.exit_status - 128)
+        else:
+            before(ignored)
+
+    before, sys.unraisablehook = sys.unraisablehook, lost
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     try:
