@@ -31,6 +31,7 @@ STAGES = ("download", "train", "sample", "evaluate")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)  # the merciless one twice as often
 AGAIN = 0.3  # how probably a run that was killed is killed again
 FOLDERS = ("data", "models", "output")
+FORCED = ("dvc", "repro", "--force", "--single-item")
 
 
 @dataclass
@@ -62,9 +63,9 @@ class Victim:
             (self.folder / "dvc.lock").write_bytes(self.lock)
             process = start(self.folder, self.stage)
             output, _ = process.communicate()
+        said, self.said = self.said + output, ""
         if process.returncode:
             return [f"exit status {process.returncode}: {output[-1000:]}"]
-        said, self.said = self.said + output, ""
         now = digests(self.folder)
         names = sorted(name for name in self.digests.keys() | now.keys() if self.digests.get(name) != now.get(name))
         faults = [f"differs: {name}" for name in names] + (training_faults(self.folder) if self.stage == "train" else [])
@@ -75,7 +76,7 @@ class Victim:
 def start(folder: Path, stage: str) -> subprocess.Popen:
     """The stage's command, in a session of its own."""
     return subprocess.Popen(
-        ["dvc", "repro", "--force", "--single-item", stage],
+        [*FORCED, stage],
         cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -83,6 +84,17 @@ def start(folder: Path, stage: str) -> subprocess.Popen:
         text=True,
         start_new_session=True,
     )
+
+
+def timed(folder: Path, *command: str) -> float:
+    """Seconds that the command takes in `folder`. Raises SystemExit with what it said where it fails."""
+    began = time.perf_counter()
+    done = subprocess.run(
+        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: {done.stdout[-1000:]}")
+    return time.perf_counter() - began
 
 
 def environment() -> dict[str, str]:
@@ -143,14 +155,7 @@ def edit_params(clone: Path, changes: dict) -> None:
 
 def victims(folder: Path) -> list[Victim]:
     """Every stage of the pipeline in `folder`, which has run once, after a run that nobody disturbs."""
-    taken = {}
-    for stage in STAGES:
-        began = time.monotonic()
-        process = start(folder, stage)
-        output, _ = process.communicate()
-        if process.returncode:
-            sys.exit(f"{stage} fails without being killed: {output[-1000:]}")
-        taken[stage] = time.monotonic() - began
+    taken = {stage: timed(folder, *FORCED, stage) for stage in STAGES}
     lock, files = (folder / "dvc.lock").read_bytes(), digests(folder)
     return [Victim(folder, stage, seconds, lock, files) for stage, seconds in taken.items()]
 

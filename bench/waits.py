@@ -1,16 +1,13 @@
 """How long the commands take that one waits for: each from its start to its end, imports included."""
 
 import statistics
-import subprocess
 import tempfile
-import time
 from pathlib import Path
 
-import yaml
-
 from contenders import ROOT
-from crash import edit_params, environment, plain_clone
+from crash import edit_params, plain_clone, timed
 from ddpm.checkpoint import MODEL
+from ddpm.params import load_params
 from measure import table
 
 PIPELINE, NOTHING = "the whole pipeline of the preset `smoke`", "`dvc repro` with nothing to do"
@@ -26,21 +23,10 @@ def run(full: bool) -> dict:
         edit_params(clone, {"data": {"folder": str(ROOT / "data/FashionMNIST/raw")}})
         seconds[PIPELINE] = [timed(clone, "dvc", "repro")]
         seconds[NOTHING] = [timed(clone, "dvc", "repro") for _ in range(repeats)]
-        sampling = yaml.safe_load((ROOT / "params.yaml").read_text())["sample"]
-        edit_params(clone, {"sample": sampling | {"count": 100}})
+        edit_params(clone, {"sample": load_params(ROOT / "params.yaml").sample.model_dump() | {"count": 100}})
         seconds[GRID] = [timed(clone, "python", "src/sample.py", str(ROOT / MODEL)) for _ in range(repeats)]
         seconds[DEMO] = [timed(clone, "python", "src/demo.py") for _ in range(repeats)]
     return {"seconds": {what: statistics.median(values) for what, values in seconds.items()}, "repeats": repeats}
-
-
-def timed(clone: Path, *command: str) -> float:
-    began = time.perf_counter()
-    done = subprocess.run(
-        command, cwd=clone, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: {done.stdout[-1000:]}")
-    return time.perf_counter() - began
 
 
 def report(result: dict) -> str:
