@@ -3,9 +3,9 @@
 import torch
 
 from contenders import ROOT
-from ddpm.data import CLASSES, load_split
+from ddpm.data.fashion_mnist import CLASSES, load_split
+from ddpm.evaluation.classifier_training import features_and_accuracy, new_classifier, train_classifier
 from measure import published, table
-from train_classifier import blank, features_and_accuracy, train
 
 
 def run(full: bool) -> dict:
@@ -16,8 +16,8 @@ def run(full: bool) -> dict:
     accuracy = {}
     samples = published(count, quick=not full)
     for source, (seen, classes) in {"samples": samples, "real images": (images[chosen], labels[chosen])}.items():
-        model = blank(seen, len(CLASSES))
-        model.load_state_dict(train(seen, classes, len(CLASSES)).state_dict())
+        model = new_classifier(seen, len(CLASSES))
+        model.load_state_dict(train_classifier(seen, classes, len(CLASSES)).state_dict())
         _, accuracy[source] = features_and_accuracy(model.eval(), test_images, test_labels, len(CLASSES))
         print(f"trained on {source}: {accuracy[source]:.2%}", flush=True)
     return {"count": count, "accuracy": accuracy}

@@ -3,10 +3,10 @@
 import torch
 
 from contenders import ROOT
-from ddpm.data import CLASSES, load_split
-from ddpm.features import extract, extract_cached
+from ddpm.data.fashion_mnist import CLASSES, load_split
+from ddpm.evaluation.features import extract, extract_cached
+from ddpm.evaluation.metrics import fid
 from ddpm.figures import save_png, sheet
-from ddpm.metrics import fid
 from measure import evaluator, published, table
 
 PICTURE = ROOT / "docs/images/failures.png"

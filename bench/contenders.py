@@ -19,12 +19,15 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from ddpm import training  # noqa: E402
-from ddpm.data import CLASSES, to_uint8  # noqa: E402
-from ddpm.diffusion import Diffusion  # noqa: E402
-from ddpm.params import TrainParams, load_params  # noqa: E402
-from ddpm.samplers import ImageNoise, generate  # noqa: E402
-from ddpm.unet import UNet  # noqa: E402
+from ddpm.data.fashion_mnist import CLASSES  # noqa: E402
+from ddpm.data.pixels import to_uint8  # noqa: E402
+from ddpm.diffusion.process import Diffusion  # noqa: E402
+from ddpm.diffusion.rng import ImageNoise  # noqa: E402
+from ddpm.diffusion.samplers import iter_samples  # noqa: E402
+from ddpm.diffusion.unet import UNet  # noqa: E402
+from ddpm.params import TrainParams  # noqa: E402
+from ddpm.params_file import load_params  # noqa: E402
+from ddpm.training import optim, step  # noqa: E402
 
 NULL_CLASS = len(CLASSES)
 LABEL_DROPOUT, GUIDANCE = 0.1, 1.75
@@ -57,7 +60,7 @@ class Contender(ABC):
         """Images [N, 1, 28, 28] in -1 … 1 of the averaged model, with that many network evaluations an image."""
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        training.set_learning_rate(self.optimizers, self.learning_rate * min(1, (self.steps + 1) / WARMUP))
+        optim.set_learning_rate(self.optimizers, self.learning_rate * min(1, (self.steps + 1) / WARMUP))
         self.model.zero_grad()
         with self.autocast:
             loss = self.loss(images, labels)
@@ -104,7 +107,7 @@ class Ours(Contender):
             self.name += ", without classes"
         torch.manual_seed(self.p.seed)
         self.model = UNet(**self.p.model.model_dump()).to(memory_format=torch.channels_last)
-        self.optimizers = training.make_optimizers(self.p, self.model)
+        self.optimizers = optim.make_optimizers(self.p, self.model)
         self.diffusion = Diffusion(**self.p.diffusion.model_dump())
 
     def start(self, device: torch.device, bfloat16: bool = False) -> None:
@@ -113,14 +116,14 @@ class Ours(Contender):
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         p = self.p.model_copy(update={"batch_size": len(images)})
-        _, t, eps, dropped = (x.to(self.device) for x in training.draw(p, self.steps, 1, SHAPE, self.diffusion))
-        return training.batch_loss(self.model, self.diffusion, images, labels.masked_fill(dropped, NULL_CLASS), t, eps)
+        _, t, eps, dropped = (x.to(self.device) for x in step.draw(p, self.steps, 1, SHAPE, self.diffusion))
+        return step.batch_loss(self.model, self.diffusion, images, labels.masked_fill(dropped, NULL_CLASS), t, eps)
 
     def sample(self, labels: Tensor, evaluations: int) -> Tensor:
         guidance, steps = (GUIDANCE, evaluations // 2) if self.conditional else (1.0, evaluations)
         labels = labels if self.conditional else torch.full_like(labels, NULL_CLASS)
         noise = ImageNoise(torch.randint(2**31, ()).item(), 0, len(labels), SHAPE, self.device)
-        *_, (x, _) = generate(
+        *_, (x, _) = iter_samples(
             self.ema, self.diffusion, labels, NULL_CLASS, noise, "dpmpp_2m", steps, "tapered", guidance_scale=guidance
         )
         return x

@@ -24,8 +24,8 @@ import yaml
 
 from contenders import ROOT
 from ddpm.files import file_sha256
+from ddpm.params_file import merge
 from measure import own_environment, table
-from preset import merge
 
 STAGES = ("download", "train", "sample", "evaluate")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)  # the merciless one twice as often

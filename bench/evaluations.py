@@ -1,9 +1,9 @@
 """Quality against network evaluations: every sampler at every budget, from the one checkpoint of the default run."""
 
 from contenders import ROOT
-from ddpm.checkpoint import MODEL
-from ddpm.data import load_split
-from ddpm.params import load_params
+from ddpm.data.fashion_mnist import load_split
+from ddpm.params_file import load_params
+from ddpm.paths import MODEL
 from measure import drawn, judge, table
 
 FULL = {"ddpm": (20, 50, 100, 250, 1000), "ddim": (5, 10, 20, 50, 100), "dpmpp_2m": (5, 10, 20, 50, 100)}

@@ -6,10 +6,12 @@ Prints the timesteps of the columns, which are evenly spaced to the eye: in the 
 import torch
 
 from contenders import ROOT
-from ddpm.data import CLASSES, load_split, to_model_range, to_uint8
-from ddpm.diffusion import Diffusion, generator
+from ddpm.data.fashion_mnist import CLASSES, load_split
+from ddpm.data.pixels import to_model_range, to_uint8
+from ddpm.diffusion.process import Diffusion
+from ddpm.diffusion.rng import seeded_rng
 from ddpm.figures import save_png, sheet
-from ddpm.params import load_params
+from ddpm.params_file import load_params
 
 SHOWN = (0, 3, 5, 7, 8)  # of the classes
 COLUMNS = 11
@@ -20,7 +22,7 @@ def main() -> None:
     images, labels = load_split(ROOT / "data/FashionMNIST/raw", "train")
     first = [int((labels == c).nonzero()[0]) for c in SHOWN]
     x0 = to_model_range(images[first])
-    eps = torch.randn(x0.shape, generator=generator(0, "forward", 0))
+    eps = torch.randn(x0.shape, generator=seeded_rng(0, "forward", 0))
     half_log_snr = (diffusion.alpha / diffusion.sigma).log()
     timesteps = [int((half_log_snr - wanted).abs().argmin()) for wanted in torch.linspace(3, -2, COLUMNS)]
     columns = [to_uint8(diffusion.q_sample(x0, torch.full((len(x0),), t), eps)) for t in timesteps]

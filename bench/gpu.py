@@ -26,11 +26,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from contenders import NULL_CLASS, PEERS, ROOT, SHAPE, Contender, Ours
-from ddpm import training
-from ddpm.data import RAW, load_split, to_model_range
-from ddpm.device import can_compile, select_device
+from ddpm.data.dataset import Dataset
+from ddpm.data.fashion_mnist import load_split
+from ddpm.data.pixels import to_model_range
+from ddpm.errors import UserError
 from ddpm.files import file_sha256
-from ddpm.params import UserError, clean_errors, load_params
+from ddpm.params_file import load_params
+from ddpm.paths import RAW
+from ddpm.runtime.cli import clean_errors
+from ddpm.runtime.device import can_compile, select_device
+from ddpm.training import loop, step
 from measure import Rates, gemm_rate, gflop, keep, kept, machine, own_environment, seconds, table
 
 BATCH, STEPS = 512, 300
@@ -48,7 +53,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     device = select_device(options.device)
-    data = training.Data(*(x.to(device) for split in ("train", "test") for x in load_split(ROOT / RAW, split)))
+    data = Dataset(*(x.to(device) for split in ("train", "test") for x in load_split(ROOT / RAW, split)))
     result = kept("gpu") or {}
     for name in options.parts or PARTS:
         torch.compiler.reset()  # or its kernels are for any batch size, once it has seen two: slow, and one crashed
@@ -64,7 +69,7 @@ def main() -> None:
     print(report(result))
 
 
-def rates(device: torch.device, data: training.Data) -> Figures:
+def rates(device: torch.device, data: Dataset) -> Figures:
     """What the device can do, and how much of that this project's training takes, with fused kernels as a long one has."""
     yield "matrix products, TFLOP/s", gemm_rate(device, torch.bfloat16, MATRIX) / 1000
     yield "memory, GB/s", memory_rate(device)
@@ -74,7 +79,7 @@ def rates(device: torch.device, data: training.Data) -> Figures:
     yield "MB an image", 1000 * traffic
 
 
-def small(device: torch.device, data: training.Data) -> Figures:
+def small(device: torch.device, data: Dataset) -> Figures:
     """The default's own batches, whose kernels are so small that launching them is what counts."""
     batch = load_params(ROOT / "params.yaml").train.batch_size
     yield "CUDA graphs", own_rate(device, data, batch, fused=False)
@@ -82,19 +87,19 @@ def small(device: torch.device, data: training.Data) -> Figures:
     yield "eager", own_rate(device, data, batch, compile_model=False)
 
 
-def fast(device: torch.device, data: training.Data) -> Figures:
+def fast(device: torch.device, data: Dataset) -> Figures:
     """With `runtime.deterministic: false`."""
     with fastest_kernels(device):
         yield "images/s", own_rate(device, data)
 
 
-def peers(device: torch.device, data: training.Data) -> Figures:
+def peers(device: torch.device, data: Dataset) -> Figures:
     """As they come: eager, on batches from the host."""
     for peer in PEERS:
         yield peer.name, peer_rate(peer(), device, data, helped=False)
 
 
-def helped(device: torch.device, data: training.Data) -> Figures:
+def helped(device: torch.device, data: Dataset) -> Figures:
     """As this project's own model is: compiled, channels_last, the data on the device."""
     for peer in PEERS:
         try:
@@ -109,22 +114,20 @@ def memory_rate(device: torch.device) -> float:
     return 2 * 4 * 2**28 / min(seconds(x.clone, device, 5) for _ in range(3)) / 1e9
 
 
-def own_rate(
-    device: torch.device, data: training.Data, batch: int = BATCH, fused: bool = True, compile_model: bool = True
-) -> float:
+def own_rate(device: torch.device, data: Dataset, batch: int = BATCH, fused: bool = True, compile_model: bool = True) -> float:
     """Images/s as `training.train` itself reports them, the median of its windows once it is warm."""
     settings = {"batch_size": batch, "steps": STEPS, "report_every": STEPS, "precision": "bfloat16"}
     p = load_params(ROOT / "params.yaml").train.model_copy(update=settings)
-    worth, training.WORTH_FUSING = training.WORTH_FUSING, 0 if fused else math.inf
+    worth, step.WORTH_FUSING = step.WORTH_FUSING, 0 if fused else math.inf
     try:
         with tempfile.TemporaryDirectory() as folder:
-            training.train(p, data, device, Path(folder), log := Rates(), compile_model=compile_model and can_compile(device))
+            loop.train(p, data, device, Path(folder), log := Rates(), compile_model=compile_model and can_compile(device))
     finally:
-        training.WORTH_FUSING = worth
+        step.WORTH_FUSING = worth
     return statistics.median(log[len(log) // 3 :])
 
 
-def peer_rate(peer: Contender, device: torch.device, data: training.Data, helped: bool) -> float:
+def peer_rate(peer: Contender, device: torch.device, data: Dataset, helped: bool) -> float:
     """Images/s of its steps; `helped`: as this project's own, compiled, channels_last, and with the data on the device."""
     if helped:
         peer.model.to(memory_format=torch.channels_last)
@@ -184,7 +187,7 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-def default(device: torch.device, _data: training.Data) -> Figures:
+def default(device: torch.device, _data: Dataset) -> Figures:
     """The default parameters from the first step to the finished grid and its metrics, twice from nothing."""
     outputs = ("models/diffusion_model.pth", "output/samples.npz", "output/metrics/evaluate.json")
     environment = own_environment()

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from contenders import NULL_CLASS, ROOT, SHAPE, Ours
-from ddpm.params import load_params
+from ddpm.params_file import load_params
 from measure import own_environment, seconds, table
 
 WIDTHS = ([24, 48], [48, 96], [96, 192], [192, 384])

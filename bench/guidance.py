@@ -3,10 +3,10 @@
 import torch
 
 from contenders import ROOT
-from ddpm.data import CLASSES, load_split
-from ddpm.features import extract, extract_cached
-from ddpm.metrics import fid, prdc
-from evaluate import class_balanced
+from ddpm.data.fashion_mnist import CLASSES, load_split
+from ddpm.evaluation.features import extract, extract_cached
+from ddpm.evaluation.judge import class_balanced
+from ddpm.evaluation.metrics import fid, prdc
 from measure import evaluator, published, table
 
 SCALES = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)

@@ -18,14 +18,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from contenders import ROOT, SAMPLE_SEED, guard
-from ddpm import pretrained
-from ddpm.data import to_model_range
-from ddpm.device import select_device
-from ddpm.features import FROZEN, Classifier, extract, extract_cached, load_classifier
+from ddpm import paths
+from ddpm.data.archive import read_samples
+from ddpm.data.pixels import to_model_range
+from ddpm.evaluation.classifier import Classifier, load_classifier
+from ddpm.evaluation.features import extract, extract_cached
 from ddpm.files import file_sha256
-from ddpm.generation import Generator, batches
 from ddpm.params import SampleParams
-from evaluate import load_samples
+from ddpm.paths import CLASSIFIER
+from ddpm.runtime.device import select_device
+from ddpm.sampling.pipeline import Pipeline, label_batches
+from ddpm.serving import pretrained
 
 RESULTS = Path(__file__).parent / "results"
 GARBAGE = "garbage"  # in place of a figure, where the guard finds samples to be that
@@ -134,9 +137,9 @@ def gflop(work: Callable[[], object]) -> float:
 def drawn(model: Path, sampling: SampleParams, count: int, **changes: object) -> tuple[Tensor, Tensor]:
     """Images uint8 [N, 28, 28] that the model draws, and their classes [N]."""
     p = sampling.model_copy(update={"classes": "all", "seed": SAMPLE_SEED, "count": count, **changes})
-    generator, images, labels = Generator(ROOT / model, select_device("auto")), [], []
+    generator, images, labels = Pipeline(ROOT / model, select_device("auto")), [], []
     generator.check(p)
-    todo = batches(generator.class_ids(p), count, generator.batch_size)
+    todo = label_batches(generator.class_ids(p), count, generator.batch_size)
     for first, classes in tqdm(todo, unit="batch", desc=" ".join(map(str, changes.values()))):
         *_, x = generator.walk(classes, p, first)
         images.append(guard("this project", x))
@@ -150,28 +153,28 @@ def published(count: int, quick: bool = False, **changes: object) -> tuple[Tenso
     Without changes, the first of the samples that its card's metrics are of: those that are at hand, or drawn again. `quick`:
     in few steps, for the short forms.
     """
-    p, changes = pretrained.sampling(ROOT), changes | ({"steps": 5} if quick else {})
-    if not changes and (first := first_samples(ROOT / pretrained.SAMPLES, ROOT / pretrained.MODEL, count)):
+    p, changes = pretrained.pretrained_sampling(ROOT), changes | ({"steps": 5} if quick else {})
+    if not changes and (first := first_samples(ROOT / paths.PRETRAINED_SAMPLES, ROOT / paths.PRETRAINED, count)):
         images, labels = first
         return guard("this project", to_model_range(images)), labels
-    return drawn(pretrained.MODEL, p, count, **(changes or {"seed": p.seed}))
+    return drawn(paths.PRETRAINED, p, count, **(changes or {"seed": p.seed}))
 
 
 def first_samples(path: Path, model: Path, count: int) -> tuple[Tensor, Tensor] | None:
     """The first of the samples in a file, and their classes; None where it has fewer, or another model's, or isn't there."""
     if not path.exists():
         return None
-    images, labels, checkpoint = load_samples(path)
+    images, labels, checkpoint = read_samples(path)
     return (images[:count], labels[:count]) if len(images) >= count and checkpoint == file_sha256(model) else None
 
 
 def evaluator() -> Classifier:
-    return load_classifier(ROOT / FROZEN)
+    return load_classifier(ROOT / CLASSIFIER)
 
 
 def judge(images: Tensor) -> Callable[[Tensor], float]:
     """What gives the FID of samples, uint8 [N, 28, 28], against the real `images`, by this project's evaluator."""
-    from ddpm.metrics import fid  # what measures speed alone does without torchmetrics
+    from ddpm.evaluation.metrics import fid  # what measures speed alone does without torchmetrics
 
     device, classifier = torch.device("cpu"), evaluator()
     real, _ = extract_cached(classifier, images, device, ROOT / ".cache")

@@ -28,20 +28,22 @@ import yaml
 import classes
 import run as bench
 from contenders import ROOT
-from ddpm import pretrained
-from ddpm.checkpoint import MODEL, load_model
+from ddpm import paths
+from ddpm.checkpoint import load_model
+from ddpm.data.archive import write_samples
+from ddpm.errors import UserError
 from ddpm.files import file_sha256, serialise, write_atomic
-from ddpm.params import UserError, between, clean_errors
-from ddpm.resume import fingerprint
+from ddpm.params_file import merge
+from ddpm.paths import MODEL
+from ddpm.runtime.cli import between, clean_errors
+from ddpm.runtime.run_folder import fingerprint
 from measure import RESULTS, first_samples, keep, kept, machine, own_environment
 from models import table_of_metrics
-from preset import merge
-from sample import write_samples
 
 COPIED = ("src", "bench", "presets", "models", "docs", "README.md", "params.yaml")
 SWEEP, PARTS = "guidance", ("classes", "cas")
 PRESETS = ("h100", "smoke")  # whose model knows classes
-KEPT = (pretrained.MODEL.name, pretrained.CARD.name, "runs.zip", pretrained.SAMPLES.name)
+KEPT = (paths.PRETRAINED.name, paths.PRETRAINED_CARD.name, "runs.zip", paths.PRETRAINED_SAMPLES.name)
 MADE = (*KEPT, "pictures.zip", "results.zip")
 METRICS = Path("output/metrics/evaluate.json")
 PICTURES = ("output/*.png", "output/*.gif", "output/plots/*.tsv")
@@ -188,8 +190,8 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
     }
     publish(work, card)
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copy(work.root / "output/samples.npz", work.root / pretrained.SAMPLES)
-    for path in (pretrained.MODEL, pretrained.CARD, pretrained.SAMPLES, "runs.zip", work.log):
+    shutil.copy(work.root / "output/samples.npz", work.root / paths.PRETRAINED_SAMPLES)
+    for path in (paths.PRETRAINED, paths.PRETRAINED_CARD, paths.PRETRAINED_SAMPLES, "runs.zip", work.log):
         shutil.copy(work.root / path, out)
     pack(out / "pictures.zip", work.root, [path for pattern in PICTURES for path in work.root.glob(pattern)])
     pack(out / "results.zip", work.root, work.results())
@@ -206,9 +208,9 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
 
 def publish(work: Work, card: dict) -> None:
     """Put the model at hand and its card where the copy's bench finds them."""
-    (work.root / pretrained.FOLDER).mkdir(exist_ok=True)
-    shutil.copy(work.root / MODEL, work.root / pretrained.MODEL)
-    (work.root / pretrained.CARD).write_text(json.dumps(card, indent=1) + "\n")
+    (work.root / paths.PRETRAINED_FOLDER).mkdir(exist_ok=True)
+    shutil.copy(work.root / MODEL, work.root / paths.PRETRAINED)
+    (work.root / paths.PRETRAINED_CARD).write_text(json.dumps(card, indent=1) + "\n")
 
 
 def curve(path: Path) -> list[tuple[int, float]]:
@@ -276,7 +278,7 @@ def take(out: Path) -> None:
     if file_sha256(out / "fashion_ddpm.pth") != card["sha256"]:
         raise UserError(f"{out / 'fashion_ddpm.pth'}: not the file that {out / 'card.json'} describes; copy both anew")
     load_model(out / "fashion_ddpm.pth", torch.device("cpu"))
-    folder = ROOT / pretrained.FOLDER
+    folder = ROOT / paths.PRETRAINED_FOLDER
     folder.mkdir(exist_ok=True)
     for name in KEPT:
         shutil.copy(out / name, folder)

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from contenders import PEERS, ROOT, Contender, Ours
-from ddpm.data import load_split, to_model_range
-from ddpm.resume import fingerprint, load_state, save_state
+from ddpm.data.fashion_mnist import load_split
+from ddpm.data.pixels import to_model_range
+from ddpm.runtime.run_folder import fingerprint
+from ddpm.training.state import load_state, save_state
 from measure import GARBAGE, judge, machine, table
 
 BATCH, EVALUATIONS = 64, 20

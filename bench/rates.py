@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from contenders import PEERS, ROOT, Ours
-from ddpm.data import load_split
+from ddpm.data.fashion_mnist import load_split
 from ddpm.files import write_atomic
-from ddpm.resume import fingerprint
+from ddpm.runtime.run_folder import fingerprint
 from measure import judge, machine, table
 from quality import BATCH, EVALUATIONS, judged, shown, step
 

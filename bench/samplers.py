@@ -1,7 +1,7 @@
 """The default run's model under other samplers, spacings, steps and guidance: DVC experiments that train nothing."""
 
 from contenders import ROOT
-from ddpm.params import load_params
+from ddpm.params_file import load_params
 from experiments import run_experiments
 from measure import table
 

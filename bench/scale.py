@@ -12,10 +12,9 @@ import torch
 import yaml
 
 from contenders import ROOT
-from ddpm.params import parse_params
-from ddpm.unet import UNet
+from ddpm.diffusion.unet import UNet
+from ddpm.params_file import merge, parse_params
 from measure import gflop, table
-from preset import merge
 
 TRAINING = """
 import json, sys, tempfile
@@ -23,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from ddpm.data import load_data
-from ddpm.distributed import joined
-from ddpm.params import load_params
-from ddpm.training import train
+from ddpm.data.dataset import load_dataset as load_data
+from ddpm.runtime.distributed import joined
+from ddpm.params_file import load_params
+from ddpm.training.loop import train
 from measure import Rates
 
 p = load_params().train.model_copy(update={"steps": int(sys.argv[1]), "report_every": 10**6})

@@ -8,11 +8,14 @@ from pathlib import Path
 import torch
 
 from contenders import NULL_CLASS, ROOT, SHAPE
-from ddpm import tracking, training
-from ddpm.data import load_split, to_model_range
-from ddpm.diffusion import Diffusion
-from ddpm.params import TrainParams, load_params
-from ddpm.unet import UNet
+from ddpm.data.fashion_mnist import load_split
+from ddpm.data.pixels import to_model_range
+from ddpm.diffusion.process import Diffusion
+from ddpm.diffusion.unet import UNet
+from ddpm.params import TrainParams
+from ddpm.params_file import load_params
+from ddpm.tracking.run import start_run
+from ddpm.training import loop, optim
 from measure import table
 
 PARTS = ("data", "forward", "backward", "clipping and optimiser", "average of the weights")
@@ -32,24 +35,24 @@ def breakdown(p: TrainParams, steps: int) -> dict[str, float]:
     model = UNet(**p.model.model_dump()).to(memory_format=torch.channels_last)
     average = [w.detach().clone() for w in model.parameters()]
     diffusion = Diffusion(**p.diffusion.model_dump())
-    optimizers, weights = training.make_optimizers(p, model), list(model.parameters())
+    optimizers, weights = optim.make_optimizers(p, model), list(model.parameters())
     taken: dict[str, list[float]] = {part: [] for part in PARTS}
     for step in range(steps + 5):
         clock = [time.perf_counter()]
-        batch, t, eps, dropped = training.draw(p, step, len(images), SHAPE, diffusion)
+        batch, t, eps, dropped = step.draw(p, step, len(images), SHAPE, diffusion)
         x0, y = to_model_range(images[batch]), labels[batch].masked_fill(dropped, NULL_CLASS)
         clock.append(time.perf_counter())
         model.zero_grad()
-        loss = training.batch_loss(model, diffusion, x0, y, t, eps)
+        loss = step.batch_loss(model, diffusion, x0, y, t, eps)
         clock.append(time.perf_counter())
         loss.backward()
         clock.append(time.perf_counter())
-        torch.nn.utils.clip_grad_norm_(weights, training.GRAD_CLIP)
+        torch.nn.utils.clip_grad_norm_(weights, loop.GRAD_CLIP)
         for optimizer in optimizers:
             optimizer.step()
         clock.append(time.perf_counter())
         with torch.no_grad():
-            torch._foreach_lerp_(average, weights, 1 - training.ema_decay(p, step))
+            torch._foreach_lerp_(average, weights, 1 - optim.ema_decay(p, step))
         clock.append(time.perf_counter())
         if step >= 5:  # warm by then
             for part, began, ended in zip(PARTS, clock, clock[1:], strict=False):
@@ -60,14 +63,14 @@ def breakdown(p: TrainParams, steps: int) -> dict[str, float]:
 def logging_cost(steps: int, pace: float) -> float:
     """Processor seconds that logging a step takes, all threads together, into a real store at a training's pace."""
     params = load_params(ROOT / "params.yaml").model_dump()
-    with tempfile.TemporaryDirectory() as root, tracking.start_run("train", params, Path(root), Path(root, "run")) as run:
+    with tempfile.TemporaryDirectory() as root, start_run("train", params, Path(root), Path(root, "run")) as run:
         while run.queue:  # until MLflow is imported and the store is made
             time.sleep(0.1)
         time.sleep(1)
         began = time.process_time()
         for step in range(1, steps + 1):
             run.metrics(step, {"train/loss": 0.1})
-            if step % training.WINDOW == 0:
+            if step % loop.WINDOW == 0:
                 run.metrics(step, {f"train/{name}": 0.1 for name in ("learning_rate", "grad_norm", "images_per_second")})
             time.sleep(pace)
         return (time.process_time() - began) / steps

@@ -3,8 +3,9 @@
 import torch
 
 from contenders import NULL_CLASS, PEERS, ROOT, SHAPE, Contender, Diffusers, Ours
-from ddpm.params import TrainParams, load_params
-from ddpm.training import make_optimizers
+from ddpm.params import TrainParams
+from ddpm.params_file import load_params
+from ddpm.training.optim import make_optimizers
 from measure import alternating, gflop, products, table
 from twin import Twin
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contenders import NULL_CLASS
-from ddpm.unet import Attention, ResBlock, timestep_embedding
+from ddpm.diffusion.unet import Attention, ResBlock, timestep_embedding
 
 
 class Twin(nn.Module):

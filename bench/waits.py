@@ -6,8 +6,8 @@ from pathlib import Path
 
 from contenders import ROOT
 from crash import edit_params, plain_clone, timed
-from ddpm.checkpoint import MODEL
-from ddpm.params import load_params
+from ddpm.params_file import load_params
+from ddpm.paths import MODEL
 from measure import table
 
 PIPELINE, NOTHING = "the whole pipeline of the preset `smoke`", "`dvc repro` with nothing to do"

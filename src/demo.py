@@ -12,15 +12,17 @@ from pathlib import Path
 
 import torch
 
-from ddpm.data import to_uint8
-from ddpm.device import select_device
+from ddpm.data.pixels import to_uint8
+from ddpm.diffusion.rng import ImageNoise
+from ddpm.errors import UserError
 from ddpm.figures import save_gif, save_png, sheet
-from ddpm.generation import Generator, batches
-from ddpm.params import UserError, between, clean_errors
-from ddpm.pretrained import MODEL, sampling
-from ddpm.samplers import ImageNoise
-from ddpm.serving import class_numbers
-from sample import GIF_FRAMES, GRID_COLUMNS, evenly, row_a_class
+from ddpm.paths import PRETRAINED
+from ddpm.runtime.cli import between, clean_errors
+from ddpm.runtime.device import select_device
+from ddpm.sampling.pictures import GIF_FRAMES, GRID_COLUMNS, class_rows, evenly_spaced
+from ddpm.sampling.pipeline import Pipeline, label_batches
+from ddpm.serving.pretrained import pretrained_sampling
+from ddpm.serving.requests import class_numbers
 
 GRID, ANIMATION = Path("output/demo.png"), Path("output/demo.gif")
 ANIMATED = 10  # garments
@@ -31,18 +33,18 @@ def main() -> None:
     parser.add_argument("classes", nargs="*", metavar="CLASS", help="by name or number; all of them where none is given")
     parser.add_argument("--seed", type=between(0, 2**32 - 1), default=1, help="other garments (1)")
     options = parser.parse_args()
-    if not MODEL.exists() and not Path("models").is_dir():
-        raise UserError(f"{MODEL}: there is no such file here; run from the repository's root")
-    generator = Generator(MODEL, select_device("auto"))
+    if not PRETRAINED.exists() and not Path("models").is_dir():
+        raise UserError(f"{PRETRAINED}: there is no such file here; run from the repository's root")
+    generator = Pipeline(PRETRAINED, select_device("auto"))
     classes = sorted(set(class_numbers(options.classes, generator.classes))) or "all"
-    p = sampling().model_copy(update={"classes": classes, "seed": options.seed})
+    p = pretrained_sampling().model_copy(update={"classes": classes, "seed": options.seed})
     ids = generator.class_ids(p)
-    ((_, labels),) = batches(ids, len(ids) * GRID_COLUMNS)  # by turns
+    ((_, labels),) = label_batches(ids, len(ids) * GRID_COLUMNS)  # by turns
     history = [ImageNoise(p.seed, 0, len(labels), generator.image_shape, torch.device("cpu"))(), *generator.walk(labels, p)]
     frames = [to_uint8(x).cpu() for x in history]
-    save_png(GRID, row_a_class(frames[-1], generator, ids))
-    save_gif(ANIMATION, [sheet(x[:ANIMATED], columns=5) for x in evenly(frames, GIF_FRAMES)])
-    print(f"{GRID} and {ANIMATION}, by {MODEL} with seed {p.seed}")
+    save_png(GRID, class_rows(frames[-1], generator, ids))
+    save_gif(ANIMATION, [sheet(x[:ANIMATED], columns=5) for x in evenly_spaced(frames, GIF_FRAMES)])
+    print(f"{GRID} and {ANIMATION}, by {PRETRAINED} with seed {p.seed}")
 
 
 if __name__ == "__main__":

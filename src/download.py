@@ -3,10 +3,12 @@
 import argparse
 from pathlib import Path
 
-from ddpm.data import raw_folder
-from ddpm.folder import take_folder
-from ddpm.params import FASHION_MNIST, clean_errors, load_params, project_root
-from ddpm.sources import download
+from ddpm.params import FASHION_MNIST
+from ddpm.params_file import load_params
+from ddpm.paths import project_root, raw_folder
+from ddpm.runtime.cli import clean_errors
+from ddpm.sources.download import download
+from ddpm.sources.folder import take_folder
 
 
 def main() -> None:

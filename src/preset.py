@@ -5,15 +5,12 @@ Comments and layout stay. `git checkout params.yaml` takes it back.
 
 import argparse
 import io
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
+from ddpm.errors import UserError
 from ddpm.files import write_atomic
-from ddpm.params import UserError, clean_errors, load_params, parse_params
-
-PARAMS = Path("params.yaml")
-PRESETS = Path("presets")
+from ddpm.params_file import load_params, merge, parse_params
+from ddpm.paths import PARAMS, PRESETS
+from ddpm.runtime.cli import clean_errors
 
 
 def main() -> None:
@@ -44,20 +41,6 @@ def main() -> None:
     parse_params(text.getvalue(), path)
     write_atomic(PARAMS, text.getvalue().encode())
     print("\n".join(changes) or f"{PARAMS} has the values of {name} already")
-
-
-def merge(params: Any, preset: Any, path: str = "") -> Iterator[str]:
-    """Put the values of the nested mapping `preset` into `params`; yields a line for each that differed."""
-    for key, value in preset.items():
-        if isinstance(value, dict) and isinstance(params.setdefault(key, {}), dict):
-            yield from merge(params[key], value, f"{path}{key}.")
-        elif key not in params or params[key] != value:
-            yield f"{path}{key}: {shown(params.get(key))} → {shown(value)}"
-            params[key] = value
-
-
-def shown(value: Any) -> str:
-    return "null" if value is None else str(value)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
-from compare import WORKSPACE, Experiment, experiments_and_runs
+from ddpm.errors import UserError
+from ddpm.experiments import WORKSPACE, Experiment, experiments_and_runs
 from ddpm.files import write_atomic
-from ddpm.params import UserError, clean_errors, project_root
-from ddpm.tracking.store import run_address, tracking_uri
+from ddpm.paths import project_root
+from ddpm.runtime.cli import clean_errors
+from ddpm.tracking.connection import run_address, tracking_uri
 
 PAGE = Path("output/report.html")
 MOST = 4

@@ -20,13 +20,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ddpm import pretrained
-from ddpm.checkpoint import MODEL
-from ddpm.device import select_device
+from ddpm import paths
+from ddpm.errors import Stopped, UserError
 from ddpm.figures import png, sheet
-from ddpm.generation import Generator
-from ddpm.params import SampleParams, Stopped, UserError, between, clean_errors, explain, load_params, project_root
-from ddpm.serving import Request, encoded, respond
+from ddpm.params import SampleParams
+from ddpm.params_file import explain, load_params
+from ddpm.paths import MODEL, project_root
+from ddpm.runtime.cli import between, clean_errors
+from ddpm.runtime.device import select_device
+from ddpm.sampling.pipeline import Pipeline
+from ddpm.serving import pretrained
+from ddpm.serving.requests import Request, encoded, respond
 from ddpm.tracking import registry
 
 HOST, PORT = "127.0.0.1", 8000
@@ -42,11 +46,11 @@ def main() -> None:
         if probe.connect_ex((HOST, options.port)) == 0:
             raise UserError(f"port {options.port} is taken; choose another: python src/serve.py --port {options.port + 1}")
     params = load_params()
-    checkpoint = options.model or (MODEL if MODEL.exists() else pretrained.MODEL)
-    source, sampling = str(checkpoint), pretrained.sampling() if checkpoint == pretrained.MODEL else params.sample
+    checkpoint = options.model or (MODEL if MODEL.exists() else paths.PRETRAINED)
+    source, sampling = str(checkpoint), pretrained.pretrained_sampling() if checkpoint == paths.PRETRAINED else params.sample
     if options.model is None and (champion := registry.champion(project_root())):
         source, checkpoint, sampling = champion
-    generator = Generator(checkpoint, select_device(params.runtime.device, deterministic=params.runtime.deterministic))
+    generator = Pipeline(checkpoint, select_device(params.runtime.device, deterministic=params.runtime.deterministic))
     app = application(generator, sampling, source)
     told = f"{source}, at http://{HOST}:{options.port}; Ctrl-C ends it"
     with suppress(Stopped):
@@ -65,7 +69,7 @@ class Server(uvicorn.Server):
         print(self.told, flush=True)
 
 
-def application(generator: Generator, sampling: SampleParams, source: str) -> FastAPI:
+def application(generator: Pipeline, sampling: SampleParams, source: str) -> FastAPI:
     app = FastAPI(title="Garments", docs_url=None, redoc_url=None)  # its pages would come from another server
 
     @app.get("/")

@@ -10,8 +10,10 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from ddpm.params import UserError, clean_errors, project_root
-from ddpm.tracking import ship
+from ddpm.errors import UserError
+from ddpm.paths import project_root
+from ddpm.runtime.cli import clean_errors
+from ddpm.tracking.run import ship
 
 
 def main() -> None:

@@ -12,27 +12,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm import tracking
-from ddpm.checkpoint import MODEL, save_model
-from ddpm.data import digest, load_data, raw_folder
-from ddpm.device import can_compile, enough_memory, select_device
-from ddpm.distributed import Group, is_worker
+from ddpm.checkpoint import save_model
+from ddpm.data.dataset import Dataset, dataset_sha256, load_dataset
+from ddpm.diffusion.schedule import terminal_warning
 from ddpm.figures import png, sheet
 from ddpm.files import file_sha256, write_atomic
-from ddpm.params import Params, clean_errors, load_params, project_root
-from ddpm.resume import fingerprint, imported_source
-from ddpm.schedule import terminal_warning
-from ddpm.stage import perform
-from ddpm.training import PREVIEW_ROWS, Data, Log, Trained, architecture, train, use_bfloat16
-
-METRICS = Path("output/metrics/train.json")
-PLOTS = Path("output/plots")
+from ddpm.params import Params
+from ddpm.params_file import load_params
+from ddpm.paths import MODEL, PLOTS, TRAIN_METRICS, project_root, raw_folder
+from ddpm.runtime.cli import clean_errors
+from ddpm.runtime.device import can_compile, enough_memory, select_device
+from ddpm.runtime.distributed import Group, is_worker
+from ddpm.runtime.run_folder import fingerprint, imported_source
+from ddpm.stage import run_stage
+from ddpm.tracking.run import Run, start_run
+from ddpm.training.loop import Trained, train
+from ddpm.training.step import architecture, use_bfloat16
+from ddpm.training.validation import PREVIEW_ROWS, Log
 
 
 class RunLog:
     """What the training loop reports, into the MLflow run."""
 
-    def __init__(self, run: tracking.Run):
+    def __init__(self, run: Run):
         self.metrics, self.sync, self.run = run.metrics, run.journal.sync, run
 
     def preview(self, step: int, images: Tensor) -> None:
@@ -46,9 +48,9 @@ def main() -> None:
     device = select_device(params.runtime.device, deterministic=params.runtime.deterministic)
     if not is_worker() and (warning := terminal_warning(p.diffusion.schedule, p.diffusion.timesteps)):
         print(f"warning: train.diffusion: {warning}", file=sys.stderr)
-    data = load_data(params.data.name)
+    data = load_dataset(params.data.name)
     architecture(p, data)  # where there is none for such images, it is told now
-    data_sha256 = digest(params.data.name)
+    data_sha256 = dataset_sha256(params.data.name)
     name = fingerprint({**p.model_dump(), "data": data_sha256}, imported_source())
 
     def work(group: Group, folder: Path) -> None:
@@ -59,19 +61,19 @@ def main() -> None:
             training(params, mine, device, None, None, group)
 
     with enough_memory(device, f"lower train.batch_size ({p.batch_size}) or train.model.channels ({p.model.channels})"):
-        perform(work, name, params.runtime.processes, device)
+        run_stage(work, name, params.runtime.processes, device)
 
 
-def training(params: Params, data: Data, device: torch.device, states: Path | None, log: Log | None, group: Group) -> Trained:
+def training(params: Params, data: Dataset, device: torch.device, states: Path | None, log: Log | None, group: Group) -> Trained:
     runtime = params.runtime
     compile_model = can_compile(device) if runtime.compile == "auto" else runtime.compile
     return train(params.train, data, device, states, log, compile_model, group, runtime.accumulate)
 
 
-def track_training(params: Params, data: Data, data_sha256: str, device: torch.device, folder: Path, group: Group) -> None:
+def track_training(params: Params, data: Dataset, data_sha256: str, device: torch.device, folder: Path, group: Group) -> None:
     """Train from the states in `folder`, write the outputs, and log it all as one MLflow run."""
     p, root, required = params.train, project_root(), params.runtime.require_mlflow
-    with tracking.start_run("train", params.model_dump(), root, folder, str(device), required) as run:
+    with start_run("train", params.model_dump(), root, folder, str(device), required) as run:
         profile = {"train_images": len(data.images), "test_images": len(data.test_images)}
         run.dataset(params.data.name, data_sha256[:32], str(raw_folder(params.data.name)), profile, "training")
         trained = training(params, data, device, folder, RunLog(run), group)
@@ -88,7 +90,7 @@ def track_training(params: Params, data: Data, data_sha256: str, device: torch.d
         )
 
 
-def write_outputs(trained: Trained, params: Params, data: Data) -> None:
+def write_outputs(trained: Trained, params: Params, data: Dataset) -> None:
     p = params.train
     label_dropout = p.label_dropout if data.classes else 1.0  # it never sees a class
     save_model(MODEL, trained.weights, architecture(p, data), p.diffusion.model_dump(), label_dropout, data.classes)
@@ -103,7 +105,7 @@ def write_outputs(trained: Trained, params: Params, data: Data) -> None:
         "val_loss": trained.validation_curve[-1]["loss"],
         "parameters": sum(w.numel() for w in trained.weights.values()),
     }
-    write_atomic(METRICS, (json.dumps(metrics, indent=2) + "\n").encode())
+    write_atomic(TRAIN_METRICS, (json.dumps(metrics, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from contextlib import suppress
 
 import requests
 
-from ddpm.params import Stopped, UserError, between, clean_errors, project_root
-from ddpm.tracking.store import experiment_id, experiment_name, tracking_uri, without_password
+from ddpm.errors import Stopped, UserError
+from ddpm.paths import project_root
+from ddpm.runtime.cli import between, clean_errors
+from ddpm.tracking.connection import experiment_id, experiment_name, tracking_uri, without_password
 
 HOST, PORT = "127.0.0.1", 5000
 READY_SECONDS = 120

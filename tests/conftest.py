@@ -9,10 +9,10 @@ from PIL import Image
 from xdist.scheduler import LoadFileScheduling
 
 from ddpm.checkpoint import save_model
-from ddpm.data import FILES
+from ddpm.data.fashion_mnist import FILES
+from ddpm.diffusion.unet import UNet
 from ddpm.files import file_sha256
-from ddpm.sources import download
-from ddpm.unet import UNet
+from ddpm.sources.download import download
 
 ROOT = Path(__file__).resolve().parents[1]
 # `make test` runs a process a core. A file's tests stay in one, and so do those of files that share a run of the pipeline.

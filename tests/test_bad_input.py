@@ -19,8 +19,8 @@ import torch
 import yaml
 
 from ddpm.checkpoint import save_model
-from ddpm.data import FILES
-from ddpm.unet import UNet
+from ddpm.data.fashion_mnist import FILES
+from ddpm.diffusion.unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]
 RAW, MODEL, SAMPLES = Path("data/FashionMNIST/raw"), Path("models/diffusion_model.pth"), Path("output/samples.npz")

@@ -12,7 +12,7 @@ import gpu
 import quality
 import run
 from contenders import NULL_CLASS, PEERS, SHAPE, Contender, Ours, guard, unet2d
-from ddpm.data import load_split
+from ddpm.data.fashion_mnist import load_split
 from measure import RESULTS, gflop, kept
 from run import PAGES, PARTS, TOLD, filled
 from twin import Twin

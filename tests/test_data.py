@@ -15,11 +15,12 @@ import pytest
 import torch
 import torchvision
 
-from ddpm import data, sources
-from ddpm.data import FILES, load_split, to_model_range, to_uint8
+from ddpm.data.fashion_mnist import FILES, load_split
+from ddpm.data.pixels import to_model_range, to_uint8
+from ddpm.errors import UserError
 from ddpm.files import file_sha256
-from ddpm.params import UserError
-from ddpm.sources import download
+from ddpm.sources import download as download_module
+from ddpm.sources.download import download
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALLEST = "t10k-labels-idx1-ubyte"  # stands for all four where one is enough
@@ -143,7 +144,7 @@ def test_mirror_to_torchvision(tmp_path, raw, mirror, packed, fashion_mnist):
         assert torch.equal(images, theirs.data)
         assert torch.equal(labels, theirs.targets)
         assert torch.bincount(labels).tolist() == [count // 10] * 10
-    assert [name.split("/")[0] for name in theirs.classes] == [name.split("/")[0] for name in data.CLASSES]
+    assert [name.split("/")[0] for name in theirs.classes] == [name.split("/")[0] for name in fashion_mnist.CLASSES]
 
     shutil.rmtree(raw)
     download(raw, tmp_path / "cache", mirrors=[], debian=False)  # from the cache alone
@@ -289,8 +290,8 @@ BROKEN_GZIP = "is not a whole gzip file ("
     ],
 )  # fmt: skip
 def test_a_bad_mirror_is_told_and_passed_over(raw, lacking, mirror, packed, monkeypatch, answer, reason):
-    monkeypatch.setattr(sources, "CONNECT_TIMEOUT", 0.5)
-    monkeypatch.setattr(sources, "READ_TIMEOUT", 0.5)
+    monkeypatch.setattr(download_module, "CONNECT_TIMEOUT", 0.5)
+    monkeypatch.setattr(download_module, "READ_TIMEOUT", 0.5)
     if answer:
         mirror.answers[f"{SMALLEST}.gz"] = functools.partial(answer, packed[f"{SMALLEST}.gz"])
     cache = lacking(SMALLEST)
@@ -361,7 +362,7 @@ def test_a_killed_download_leaves_nothing_that_looks_finished(tmp_path, raw, mir
 
     mirror.answers = {**packed, f"{names[2]}.gz": trickle}
     code = (
-        "import sys; from pathlib import Path; from ddpm.sources import download\n"
+        "import sys; from pathlib import Path; from ddpm.sources.download import download\n"
         "raw, cache, url = sys.argv[1:]; download(Path(raw), Path(cache), mirrors=[url], debian=False)"
     )
     process = subprocess.Popen(

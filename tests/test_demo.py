@@ -12,23 +12,24 @@ import torch
 from PIL import Image
 
 import ship
-from ddpm import pretrained
-from ddpm.data import CLASSES
-from ddpm.features import extract
+from ddpm import paths
+from ddpm.data.fashion_mnist import CLASSES
+from ddpm.errors import UserError
+from ddpm.evaluation.features import extract
 from ddpm.files import file_sha256
-from ddpm.params import UserError
+from ddpm.serving import pretrained
 from measure import evaluator, published
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / pretrained.FOLDER
-CARD = json.loads((ROOT / pretrained.CARD).read_text())
+FOLDER = ROOT / paths.PRETRAINED_FOLDER
+CARD = json.loads((ROOT / paths.PRETRAINED_CARD).read_text())
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """What of the repository the demo needs."""
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(FOLDER, tmp_path / pretrained.FOLDER)
+    shutil.copytree(FOLDER, tmp_path / paths.PRETRAINED_FOLDER)
     shutil.copy(ROOT / "params.yaml", tmp_path)
     return tmp_path
 
@@ -103,17 +104,17 @@ def test_what_it_cannot_draw_is_told_in_a_line(folder, arguments, status, messag
 def test_a_damaged_card_is_told_in_a_line(folder, content, monkeypatch):
     monkeypatch.chdir(folder)
     if content is None:
-        pretrained.CARD.unlink()
+        paths.PRETRAINED_CARD.unlink()
     else:
-        pretrained.CARD.write_bytes(content)
+        paths.PRETRAINED_CARD.write_bytes(content)
     with pytest.raises(UserError, match=r"^models/pretrained/card.json: missing or damaged; `git checkout "):
-        pretrained.sampling()
+        pretrained.pretrained_sampling()
 
 
 def test_the_sampling_stage_takes_it(folder):
     text = (folder / "params.yaml").read_text()
     (folder / "params.yaml").write_text(text.replace("count: 5000", "count: 20"))
-    command = [sys.executable, "src/sample.py", pretrained.MODEL]
+    command = [sys.executable, "src/sample.py", paths.PRETRAINED]
     subprocess.run(command, cwd=folder, capture_output=True, check=True)
     samples = np.load(folder / "output/samples.npz")
     assert samples["labels"].tolist() == [*range(len(CLASSES))] * 2

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from ddpm.device import can_compile, enough_memory, select_device
-from ddpm.params import UserError
+from ddpm.errors import UserError
+from ddpm.runtime.device import can_compile, enough_memory, select_device
 
 HAS_CUDA, HAS_MPS = torch.cuda.is_available(), torch.backends.mps.is_available()
 

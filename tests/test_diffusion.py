@@ -6,7 +6,8 @@ from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm.diffusion import Diffusion, generator
+from ddpm.diffusion.process import Diffusion
+from ddpm.diffusion.rng import seeded_rng
 
 DIFFUSERS = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
 PREDICTIONS = ["eps", "x0", "v"]
@@ -120,12 +121,12 @@ def test_a_bfloat16_output_is_compared_in_float32():
 
 
 def test_no_two_indices_share_a_seed():
-    assert len({generator(0, "train", i).initial_seed() for i in range(100_000)}) == 100_000
+    assert len({seeded_rng(0, "train", i).initial_seed() for i in range(100_000)}) == 100_000
 
 
 def test_streams_and_seeds_differ():
     """The first 100 000 items of every stream of ten runs are disjoint, so no run samples from noise it trained on."""
-    starts = sorted(generator(seed, stream, 0).initial_seed() for seed in range(10) for stream in ("train", "sample", "dropout"))
+    starts = sorted(seeded_rng(seed, stream, 0).initial_seed() for seed in range(10) for stream in ("train", "sample", "dropout"))
     assert all(b - a >= 100_000 for a, b in pairwise(starts))
     assert starts[0] + 2**32 - starts[-1] >= 100_000
 
@@ -134,7 +135,7 @@ def test_streams_and_seeds_differ():
 @given(seeds, st.sampled_from(["train", "sample"]), st.integers(0, 2**33))
 def test_generator_repeats_itself_and_nothing_else(seed, stream, index):
     def draw(*item):
-        return torch.randn(8, generator=generator(*item)).tolist()
+        return torch.randn(8, generator=seeded_rng(*item)).tolist()
 
     assert draw(seed, stream, index) == draw(seed, stream, index)
     others = [(seed + 1, stream, index), (seed, stream + "!", index), (seed, stream, index + 1)]

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from conftest import free_port
-from ddpm import distributed
-from ddpm.distributed import Group
-from ddpm.params import UserError
-from ddpm.training import train
+from ddpm.errors import UserError
+from ddpm.runtime import distributed
+from ddpm.runtime.distributed import Group
+from ddpm.training.loop import train
 from test_training import CPU, Recorder, class_images, params
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,9 +28,9 @@ from pathlib import Path
 
 import torch
 
-from ddpm.distributed import joined
-from ddpm.params import Stopped
-from ddpm.training import train
+from ddpm.runtime.distributed import joined
+from ddpm.errors import Stopped
+from ddpm.training.loop import train
 from test_training import CPU, Recorder, class_images, params
 
 folder, stop_at, precisions = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]

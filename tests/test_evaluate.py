@@ -14,11 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_classifier
-from ddpm.data import load_split
-from ddpm.features import extract
-from ddpm.params import UserError, load_params
-from evaluate import class_balanced, drawn_from, load_samples
-from train_classifier import augment, turned
+from ddpm.data.archive import read_samples
+from ddpm.data.fashion_mnist import load_split
+from ddpm.errors import UserError
+from ddpm.evaluation.classifier_training import augment, turned
+from ddpm.evaluation.features import extract
+from ddpm.evaluation.judge import class_balanced
+from ddpm.params_file import load_params
+from ddpm.tracking.provenance import drawn_from
 
 MADE_ANEW = "`dvc repro sample` makes it anew"
 
@@ -71,7 +74,7 @@ LABELS = np.arange(20) % 11 - 1
 
 def test_samples_come_back_as_they_were_saved(tmp_path):
     np.savez_compressed(tmp_path / "samples.npz", images=IMAGES, labels=LABELS)
-    images, labels, checkpoint = load_samples(tmp_path / "samples.npz")
+    images, labels, checkpoint = read_samples(tmp_path / "samples.npz")
     assert checkpoint is None
     assert images.dtype == torch.uint8 and np.array_equal(images.numpy(), IMAGES)
     assert labels.dtype == torch.int64 and np.array_equal(labels.numpy(), LABELS)
@@ -80,7 +83,7 @@ def test_samples_come_back_as_they_were_saved(tmp_path):
 def test_missing_samples(tmp_path):
     path = tmp_path / "samples.npz"
     with pytest.raises(UserError, match=f"^{re.escape(f'{path}: there is no such file; `dvc repro sample` makes it')}$"):
-        load_samples(path)
+        read_samples(path)
 
 
 def archive(**arrays: np.ndarray) -> bytes:
@@ -122,7 +125,7 @@ def test_damaged_samples(tmp_path, content):
     path.write_bytes(content)
     line = f"{path}: damaged, or without images and labels; {MADE_ANEW}"
     with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
-        load_samples(path)
+        read_samples(path)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +146,7 @@ def test_samples_of_another_kind(tmp_path, arrays):
         UserError,
         match=f"^{re.escape(f'{path}: images must be uint8 [N, H, H] or [N, H, H, 3] with N int64 labels; {MADE_ANEW}')}",
     ):
-        load_samples(path)
+        read_samples(path)
 
 
 def test_a_changed_byte_of_the_samples_is_noticed_or_harmless(tmp_path):
@@ -156,7 +159,7 @@ def test_a_changed_byte_of_the_samples_is_noticed_or_harmless(tmp_path):
         spoilt[position] ^= int(generator.integers(1, 256))
         path.write_bytes(spoilt)
         try:
-            images, labels, _ = load_samples(path)
+            images, labels, _ = read_samples(path)
         except UserError as error:
             assert MADE_ANEW in str(error)
             noticed += 1

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm.data import load_split
-from ddpm.features import FEATURES, Classifier, extract, extract_cached, load_classifier
+from ddpm.data.fashion_mnist import load_split
+from ddpm.errors import UserError
+from ddpm.evaluation.classifier import FEATURES, Classifier, load_classifier
+from ddpm.evaluation.features import extract, extract_cached
 from ddpm.files import file_sha256, load_tensors
-from ddpm.params import UserError
 
 CPU = torch.device("cpu")
 CLASSIFIER = Path(__file__).resolve().parents[1] / "models/classifier.pth"

@@ -15,9 +15,10 @@ from PIL import Image
 
 import crash
 from crash import edit_params
-from ddpm.data import idx_header, load_data, map_idx
-from ddpm.folder import take_folder
-from ddpm.params import UserError
+from ddpm.data.dataset import load_dataset
+from ddpm.data.idx import idx_header, map_idx
+from ddpm.errors import UserError
+from ddpm.sources.folder import take_folder
 from test_pipeline import start
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +44,7 @@ def pictures(folder: Path, count: int, size: int = 16, mode: str = "L", suffix: 
 
 def taken(folder: Path, name: str = "mine"):
     take_folder(folder, Path("data") / name / "raw")
-    return load_data(name)
+    return load_dataset(name)
 
 
 def content(images: torch.Tensor) -> set[bytes]:
@@ -85,7 +86,7 @@ def test_a_folder_that_is_taken_again_leaves_nothing_of_before(workspace):
     with pytest.raises(UserError, match=r"003\.png: not a whole image"):
         taken(workspace / "colours")
     with pytest.raises(UserError, match=r"ubyte: there is no such file; "):
-        load_data("mine")
+        load_dataset("mine")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\n", b"one\ntwo\n"])
@@ -97,7 +98,7 @@ def test_a_list_of_classes_that_is_none_is_told(workspace, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"^data/mine/raw.*; `python src/download.py` makes it anew$"):
-        load_data("mine")
+        load_dataset("mine")
 
 
 def mnist(folder: Path, packed: bool, dot: bool = False) -> dict[str, np.ndarray]:
@@ -229,7 +230,7 @@ def test_a_damaged_file_of_the_stage_is_noticed(workspace, change):
     path = workspace / "data/mine/raw/train-images-idx3-ubyte"
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(UserError, match=r"idx3-ubyte: damaged, or not in MNIST's format; `python src/download.py` makes it anew"):
-        load_data("mine")
+        load_dataset("mine")
 
 
 def test_mapped_bytes_are_those_of_the_file(workspace):
@@ -243,8 +244,8 @@ def test_mapped_bytes_are_those_of_the_file(workspace):
 LIMITED = """
 import resource, sys, torch
 from pathlib import Path
-from ddpm.data import load_data
-from ddpm.training import train
+from ddpm.data.dataset import load_dataset as load_data
+from ddpm.training.loop import train
 from test_training import CPU, Recorder, params
 
 resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.functional import gaussian_blur
 
-from ddpm import metrics
-from ddpm.data import load_split
-from ddpm.features import extract, load_classifier
-from ddpm.metrics import ROWS, fid, kid, memorisation, nearest, prdc
+from ddpm.data.fashion_mnist import load_split
+from ddpm.evaluation import metrics
+from ddpm.evaluation.classifier import load_classifier
+from ddpm.evaluation.features import extract
+from ddpm.evaluation.metrics import ROWS, fid, kid, memorisation, nearest, prdc
 
 CPU = torch.device("cpu")
 CLASSIFIER = Path(__file__).resolve().parents[1] / "models/classifier.pth"

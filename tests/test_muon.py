@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from ddpm import muon
-from ddpm.muon import NS_COEFFICIENTS, NS_STEPS, Muon, orthogonalised
+from ddpm.training import muon
+from ddpm.training.muon import NS_COEFFICIENTS, NS_STEPS, Muon, orthogonalised
 
 
 @settings(max_examples=40, deadline=None)

@@ -13,7 +13,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm.params import UserError, load_params, project_root
+from ddpm.errors import UserError
+from ddpm.params_file import load_params
+from ddpm.paths import project_root
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = ROOT / "params.yaml"

@@ -24,7 +24,7 @@ from torchvision.datasets import FashionMNIST
 
 import crash
 from crash import edit_params
-from ddpm.resume import load_state
+from ddpm.training.state import load_state
 
 pytestmark = pytest.mark.pipeline
 ENVIRONMENT = {**crash.environment(), "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}  # the preset is over before the usual ten

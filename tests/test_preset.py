@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 import preset as program
-from ddpm.params import UserError, load_params
+from ddpm.errors import UserError
+from ddpm.params_file import load_params
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))

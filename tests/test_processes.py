@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from crash import edit_params
-from ddpm.resume import load_state
+from ddpm.training.state import load_state
 from test_pipeline import ENVIRONMENT, mlflow_runs, start
 
 pytestmark = pytest.mark.pipeline

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.params import SampleParams, UserError
+from ddpm.errors import UserError
+from ddpm.params import SampleParams
 from ddpm.tracking import run as runs
-from ddpm.tracking import start_run
+from ddpm.tracking.connection import tracking_uri
 from ddpm.tracking.registry import CHAMPION, MODEL, champion
-from ddpm.tracking.store import tracking_uri
+from ddpm.tracking.run import start_run
 
 SAMPLING = {
     "sampler": "dpmpp_2m", "steps": 7, "spacing": "tapered", "eta": 0.0, "variance": "small", "clip": True,

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import ddpm.tracking  # noqa: F401  (which changes no result)
-from ddpm.params import UserError
-from ddpm.resume import KEPT_DAYS, fingerprint, hold, imported_source, load_state, run_folder, save_state
+from ddpm.errors import UserError
+from ddpm.runtime.run_folder import KEPT_DAYS, fingerprint, imported_source, lock_folder, run_folder
+from ddpm.training.state import load_state, save_state
 
 SRC = Path(__file__).resolve().parents[1] / "src"
 
@@ -50,7 +51,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
-from ddpm.resume import run_folder
+from ddpm.runtime.run_folder import run_folder
 
 with run_folder(Path(sys.argv[2])) as folder:
     print(folder.name, flush=True)
@@ -89,9 +90,9 @@ def test_what_a_killed_run_left_is_gone_on_with_first(tmp_path):
 
 def test_nobody_touches_a_folder_that_a_run_holds(tmp_path):
     folder = tmp_path / "abc"
-    with run_folder(folder), pytest.raises(UserError, match=rf"^{folder}: its run is under way$"), hold(folder):
+    with run_folder(folder), pytest.raises(UserError, match=rf"^{folder}: its run is under way$"), lock_folder(folder):
         pass
-    with hold(folder), run_folder(folder) as another:
+    with lock_folder(folder), run_folder(folder) as another:
         assert another.name == "abc-2"
 
 

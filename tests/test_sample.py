@@ -7,19 +7,19 @@ import torch
 import yaml
 
 import sample
-from ddpm.generation import BATCH, Generator
 from ddpm.params import Params
+from ddpm.sampling.pipeline import BATCH, Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 N = 2 * BATCH + 50
 
 
 @pytest.fixture(scope="module")
-def generator(random_model) -> Generator:
-    return Generator(random_model, torch.device("cpu"))
+def generator(random_model) -> Pipeline:
+    return Pipeline(random_model, torch.device("cpu"))
 
 
-def draw(generator: Generator, folder: Path) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+def draw(generator: Pipeline, folder: Path) -> tuple[torch.Tensor, list[torch.Tensor], int]:
     p = Params.model_validate(yaml.safe_load((ROOT / "params.yaml").read_text())).sample
     p = p.model_copy(update={"sampler": "ddpm", "steps": 3, "seed": 1, "guidance_scale": 1.0, "count": N})
     folder.mkdir(exist_ok=True)

@@ -8,10 +8,11 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm.diffusion import Diffusion, generator
-from ddpm.samplers import ImageNoise, ddim, ddpm, dpmpp_2m, generate, guided_denoiser, spaced_timesteps
-from ddpm.schedule import alphas_cumprod
-from ddpm.unet import UNet
+from ddpm.diffusion.process import Diffusion
+from ddpm.diffusion.rng import ImageNoise, seeded_rng
+from ddpm.diffusion.samplers import ddim, ddpm, dpmpp_2m, guided_denoiser, iter_samples, spaced_timesteps
+from ddpm.diffusion.schedule import alphas_cumprod
+from ddpm.diffusion.unet import UNet
 from test_diffusion import noise_in
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def image_noise(seed: int = 0, first: int = 0, count: int = COUNT) -> ImageNoise
 
 def image_generators(seed: int = 0) -> list[torch.Generator]:
     """diffusers draws an image's noise from its own generator if given a list: the same numbers as `ImageNoise`."""
-    return [generator(seed, "sample", i) for i in range(COUNT)]
+    return [seeded_rng(seed, "sample", i) for i in range(COUNT)]
 
 
 def reference(scheduler_class: type, d: Diffusion, **options):
@@ -120,7 +121,7 @@ def test_unknown_spacing():
 def test_ddim_same_as_diffusers(schedule, prediction, eta, clip, spacing):
     d = Diffusion(1000, schedule, prediction)
     model = network(d)
-    ours = generate(model, d, LABELS, 10, image_noise(), "ddim", 20, spacing, eta=eta, clip=clip)
+    ours = iter_samples(model, d, LABELS, 10, image_noise(), "ddim", 20, spacing, eta=eta, clip=clip)
     scheduler = reference(DDIMScheduler, d, clip_sample=clip, timestep_spacing=spacing)
     scheduler.set_timesteps(20)
     noise = image_noise()
@@ -136,7 +137,7 @@ def test_ddim_same_as_diffusers(schedule, prediction, eta, clip, spacing):
 
 def check_ddpm(d: Diffusion, spacing: str, steps: int, variance: str, clip: bool):
     model = network(d)
-    ours = list(generate(model, d, LABELS, 10, image_noise(), "ddpm", steps, spacing, variance=variance, clip=clip))
+    ours = list(iter_samples(model, d, LABELS, 10, image_noise(), "ddpm", steps, spacing, variance=variance, clip=clip))
     scheduler = reference(DDPMScheduler, d, clip_sample=clip, timestep_spacing=spacing, variance_type=f"fixed_{variance}")
     scheduler.set_timesteps(steps)
     generators = image_generators()
@@ -180,7 +181,7 @@ def test_full_ddpm_same_as_diffusers(schedule, prediction, variance):
 def test_dpmpp_2m_same_as_diffusers(schedule, timesteps, prediction, spacing, steps, clip):
     d = Diffusion(timesteps, schedule, prediction)
     denoise = guided_denoiser(network(d), d, LABELS, 10, clip=clip)
-    ours = generate(network(d), d, LABELS, 10, image_noise(), "dpmpp_2m", steps, spacing, clip=clip)
+    ours = iter_samples(network(d), d, LABELS, 10, image_noise(), "dpmpp_2m", steps, spacing, clip=clip)
     # diffusers' doesn't clip: where we do, it gets the clipped image as the network's output
     seen = Diffusion(timesteps, schedule, "x0") if clip else d
     options = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero"}
@@ -424,7 +425,7 @@ def unet() -> UNet:
 
 def sample(unet: UNet, seed: int, first: int, labels: torch.Tensor, **options) -> torch.Tensor:
     noise = ImageNoise(seed, first, len(labels), (1, 28, 28), CPU)
-    *_, (x, _) = generate(unet, Diffusion(1000, "cosine", "v"), labels, 10, noise, steps=4, **options)
+    *_, (x, _) = iter_samples(unet, Diffusion(1000, "cosine", "v"), labels, 10, noise, steps=4, **options)
     return x
 
 
@@ -454,7 +455,7 @@ def test_one_evaluation_a_step_and_no_gradients(unet, sampler):
         times.append(t[0].item())
         return unet(x, t, y)
 
-    *_, (x, x0) = generate(model, d, LABELS, 10, ImageNoise(0, 0, 3, (1, 28, 28), CPU), sampler, steps=6, spacing="linspace")
+    *_, (x, x0) = iter_samples(model, d, LABELS, 10, ImageNoise(0, 0, 3, (1, 28, 28), CPU), sampler, steps=6, spacing="linspace")
     assert times == spaced_timesteps(1000, 6, "linspace")
     assert_same(x, x0)  # the last step lands on the clean image
     assert not x.requires_grad and x.abs().max() <= 1

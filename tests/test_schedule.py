@@ -4,7 +4,7 @@ from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm.schedule import alphas_cumprod, betas, terminal_warning
+from ddpm.diffusion.schedule import alphas_cumprod, betas, terminal_warning
 
 DIFFUSERS = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
 schedules = st.sampled_from(sorted(DIFFUSERS))

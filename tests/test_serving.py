@@ -17,10 +17,12 @@ from PIL import Image
 
 import sample
 from conftest import free_port
-from ddpm.data import CLASSES
-from ddpm.generation import Generator
-from ddpm.params import SampleParams, UserError, load_params
-from ddpm.serving import Request, class_numbers, respond
+from ddpm.data.fashion_mnist import CLASSES
+from ddpm.errors import UserError
+from ddpm.params import SampleParams
+from ddpm.params_file import load_params
+from ddpm.sampling.pipeline import Pipeline
+from ddpm.serving.requests import Request, class_numbers, respond
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLING = load_params(ROOT / "params.yaml").sample
@@ -110,7 +112,7 @@ def pixels(png: bytes) -> np.ndarray:
 def drawn_by_the_stage(model: Path, folder: Path, count: int, **changes) -> np.ndarray:
     p = SAMPLING.model_copy(update=changes)
     folder.mkdir()
-    images, _, _ = sample.draw(Generator(model, torch.device("cpu")), p.model_copy(update={"count": count}), folder)
+    images, _, _ = sample.draw(Pipeline(model, torch.device("cpu")), p.model_copy(update={"count": count}), folder)
     return images.numpy().astype(int)
 
 
@@ -175,7 +177,7 @@ def test_curls_own_content_type_is_told(server):
 
 @pytest.mark.parametrize(("label_dropout", "names"), [(1.0, ["none"] * 4), (0.0, list(CLASSES[:4]))])
 def test_a_model_without_classes_or_guidance_is_asked_for_neither(random_model, label_dropout, names):
-    generator = Generator(random_model, torch.device("cpu"))
+    generator = Pipeline(random_model, torch.device("cpu"))
     generator.label_dropout = label_dropout
     images, drawn = respond(generator, SAMPLING, Request(count=4, steps=2))
     assert drawn == names

@@ -20,9 +20,9 @@ import requests
 import crash
 import ui
 from conftest import free_port
-from ddpm import tracking
+from ddpm.errors import UserError
 from ddpm.files import file_sha256
-from ddpm.params import UserError
+from ddpm.tracking.run import ship
 from test_pipeline import ENVIRONMENT, run, stages_run
 from test_tracking import ROOT, Server, artifacts, python, runs
 
@@ -92,7 +92,7 @@ def client(server: Server):
 MEMBER = """
 import signal, sys, time
 from pathlib import Path
-from ddpm.tracking import start_run
+from ddpm.tracking.run import start_run
 
 signal.alarm(300)  # whatever becomes of the test
 root, until = Path(sys.argv[1]), Path(sys.argv[2])
@@ -154,7 +154,7 @@ def test_four_machines_lose_nothing_when_the_server_is_killed(server: Server, cl
 REFUSED = """
 import sys
 from pathlib import Path
-from ddpm.tracking import start_run
+from ddpm.tracking.run import start_run
 
 root = Path(sys.argv[1])
 root.mkdir()
@@ -202,7 +202,7 @@ def test_strangers_are_refused_and_told_and_what_they_did_ships_later(server: Se
 
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     with pytest.raises(UserError, match=f"^MLflow at {server.address}: {unknown}$"):
-        tracking.ship(kept, ROOT)
+        ship(kept, ROOT)
     monkeypatch.undo()
     subprocess.run([sys.executable, "src/ship.py", kept], cwd=ROOT, env=ENVIRONMENT | address | BOB, check=True)
     (stored,) = runs(client, "tags.marker = 'refused'")

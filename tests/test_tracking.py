@@ -26,12 +26,13 @@ from PIL import Image
 
 import ship
 from conftest import free_port
-from ddpm import tracking
-from ddpm.params import Stopped, UserError
-from ddpm.resume import hold
-from ddpm.tracking import Run, store
+from ddpm.errors import Stopped, UserError
+from ddpm.runtime.run_folder import lock_folder
+from ddpm.tracking import connection, store
+from ddpm.tracking import run as runs_module
+from ddpm.tracking.connection import tracking_uri
 from ddpm.tracking.journal import Journal
-from ddpm.tracking.store import tracking_uri
+from ddpm.tracking.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
@@ -73,7 +74,7 @@ def python(script: str, *arguments: object, **environment: str) -> subprocess.Po
 @contextmanager
 def start_run(stage: str, params: dict, root: Path, folder: Path | None = None, **options) -> Iterator[Run]:
     """A run with a folder of its own, where none is named."""
-    with tracking.start_run(stage, params, root, folder or root / ".resume" / uuid.uuid4().hex[:16], **options) as run:
+    with runs_module.start_run(stage, params, root, folder or root / ".resume" / uuid.uuid4().hex[:16], **options) as run:
         yield run
 
 
@@ -89,7 +90,7 @@ import os, sys, time
 from pathlib import Path
 
 import torch  # as in the real stages, before the run starts
-from ddpm.tracking import start_run
+from ddpm.tracking.run import start_run
 
 sys.path.insert(0, "tests")
 from test_tracking import PARAMS, picture
@@ -122,7 +123,7 @@ print(block, time.monotonic() - ending)
 KILLED_RUN = """
 import os, signal, sys, time
 from pathlib import Path
-from ddpm.tracking import start_run
+from ddpm.tracking.run import start_run
 
 sys.path.insert(0, "tests")
 from test_tracking import PARAMS, picture
@@ -175,13 +176,13 @@ def client(root):
     return mlflow.MlflowClient(tracking_uri(root))
 
 
-def runs(client, condition: str, experiment: str = store.EXPERIMENT) -> list:
+def runs(client, condition: str, experiment: str = connection.EXPERIMENT) -> list:
     """Newest first."""
     experiment = client.get_experiment_by_name(experiment)
     return client.search_runs([experiment.experiment_id], condition, order_by=["attributes.start_time DESC"])
 
 
-def one(client, condition: str, experiment: str = store.EXPERIMENT):
+def one(client, condition: str, experiment: str = connection.EXPERIMENT):
     (run,) = runs(client, condition, experiment)
     return run
 
@@ -469,7 +470,7 @@ def test_shipping_a_journal_again_makes_no_doubles(root, client, monkeypatch):
     monkeypatch.undo()
     (kept,) = (root / ".resume").glob("unshipped-*/")
     for folder in (shutil.copytree(kept, root / ".resume" / "copy"), kept):
-        assert tracking.ship(folder, root) == f"sqlite:///{root}/mlflow.db"
+        assert runs_module.ship(folder, root) == f"sqlite:///{root}/mlflow.db"
         assert not folder.exists()
     shipped = one(client, "tags.marker = 'twice'")
     assert shipped.info.status == "FINISHED"
@@ -486,9 +487,9 @@ def test_shipping_an_interrupted_runs_journal_keeps_what_resuming_needs(root, cl
         run.metrics(1, {"train/loss": 1.0})
         run.tags({"marker": "interrupted"})
         raise KeyboardInterrupt
-    with hold(folder), pytest.raises(UserError, match=f"^{folder}: its run is under way$"):
-        tracking.ship(folder, root)
-    tracking.ship(folder, root)
+    with lock_folder(folder), pytest.raises(UserError, match=f"^{folder}: its run is under way$"):
+        runs_module.ship(folder, root)
+    runs_module.ship(folder, root)
     assert (folder / "state-00000010.pt").read_bytes() == b"state"
     assert one(client, "tags.marker = 'interrupted'").info.status == "KILLED"
     with start_run("train", {}, root, folder) as run:
@@ -503,12 +504,12 @@ def test_shipping_a_killed_runs_journal_says_that_it_was_killed(root, client):
         raise KeyboardInterrupt
     journal = folder / "journal.jsonl"
     journal.write_text("".join(line for line in journal.read_text().splitlines(True) if '"end"' not in line))
-    tracking.ship(folder, root)
+    runs_module.ship(folder, root)
     assert one(client, "tags.marker = 'killed'").info.status == "KILLED"
 
 
 def test_a_run_lost_before_it_had_a_journal_leaves_none(tmp_path):
-    tracking.mark_killed(tmp_path, tmp_path)
+    runs_module.mark_killed(tmp_path, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -633,7 +634,7 @@ def test_an_unreachable_server_delays_nothing_and_gets_everything_later(root, of
     environment = ENVIRONMENT | {"MLFLOW_TRACKING_URI": address, "MLFLOW_EXPERIMENT_NAME": "elsewhere"}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     with pytest.raises(UserError, match=f"^MLflow at {address}: Connection refused$"):
-        tracking.ship(Path(folder), root)
+        runs_module.ship(Path(folder), root)
 
     with Server(address, tmp_path, copied(root / "mlflow.db", tmp_path)):
         command = [sys.executable, script, folder]
@@ -806,7 +807,7 @@ def test_where_mlflow_is_required_and_there_all_is_as_ever(root, client):
 WRITER = """
 import sys
 from pathlib import Path
-from ddpm.tracking import start_run
+from ddpm.tracking.run import start_run
 
 root, number = Path(sys.argv[1]), sys.argv[2]
 with start_run("sample", {"number": number}, root, root / ".resume" / f"writer-{number}") as run:

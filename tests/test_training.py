@@ -15,22 +15,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm import training
-from ddpm.device import select_device
-from ddpm.diffusion import Diffusion
+from ddpm.data.dataset import Dataset
+from ddpm.diffusion.process import Diffusion
+from ddpm.diffusion.unet import UNet
+from ddpm.errors import Stopped, UserError
 from ddpm.files import serialise, sha256
-from ddpm.params import Stopped, TrainParams, UserError
-from ddpm.resume import fingerprint, load_state, save_state
-from ddpm.training import (
-    WINDOW,
-    Data,
-    draw,
-    ema_decay,
-    learning_rate,
-    make_optimizers,
-    preview,
-)
-from ddpm.unet import UNet
+from ddpm.params import TrainParams
+from ddpm.runtime.device import select_device
+from ddpm.runtime.run_folder import fingerprint
+from ddpm.training import loop, step, validation
+from ddpm.training.loop import WINDOW
+from ddpm.training.optim import ema_decay, learning_rate, make_optimizers
+from ddpm.training.state import load_state, save_state
+from ddpm.training.step import draw
+from ddpm.training.validation import preview
 
 CPU, SHAPE, NULL_CLASS = torch.device("cpu"), (1, 28, 28), 10
 SRC = Path(__file__).resolve().parents[1] / "src"
@@ -60,7 +58,7 @@ def params(**changes) -> TrainParams:
     return TrainParams.model_validate(values)
 
 
-def class_images(n: int = 200, noise: int = 20) -> Data:
+def class_images(n: int = 200, noise: int = 20) -> Dataset:
     """Images that are constant but for a little noise, a grey value a class."""
     g = torch.Generator().manual_seed(0)
 
@@ -69,7 +67,7 @@ def class_images(n: int = 200, noise: int = 20) -> Data:
         images = (labels * 25)[:, None, None] + torch.randint(0, noise, (count, 28, 28), generator=g)
         return images.to(torch.uint8), labels
 
-    return Data(*split(n), *split(40))
+    return Dataset(*split(n), *split(40))
 
 
 class Recorder:
@@ -101,12 +99,12 @@ class Recorder:
 DATA = class_images()
 
 
-def run(p: TrainParams, states: Path, log: Recorder | None = None) -> training.Trained:
+def run(p: TrainParams, states: Path, log: Recorder | None = None) -> loop.Trained:
     states.mkdir(parents=True, exist_ok=True)
-    return training.train(p, DATA, CPU, states, log or Recorder(), compile_model=False)
+    return loop.train(p, DATA, CPU, states, log or Recorder(), compile_model=False)
 
 
-def digest(trained: training.Trained) -> str:
+def digest(trained: loop.Trained) -> str:
     return sha256(serialise({name: w.contiguous() for name, w in trained.weights.items()}))
 
 
@@ -227,7 +225,7 @@ def test_ema_decay_grows_to_its_limit():
 
 def test_the_weights_are_a_moving_average_of_the_models(tmp_path, monkeypatch):
     """With no decay they are the model itself; with some, they lag behind it."""
-    monkeypatch.setattr(training, "STATE_SECONDS", 0)
+    monkeypatch.setattr(loop, "STATE_SECONDS", 0)
     for decay, equal in ((0.0, True), (0.9, False)):
         trained = run(params(steps=WINDOW, ema_decay=decay), tmp_path / str(decay))
         model = load_state(tmp_path / str(decay))["model"]
@@ -281,8 +279,8 @@ def test_a_last_window_that_is_not_whole(tmp_path):
 
 def test_no_state_is_ahead_of_what_a_power_cut_leaves_of_the_log(tmp_path, monkeypatch):
     log, saved = Recorder(), []
-    monkeypatch.setattr(training, "STATE_SECONDS", 0)
-    monkeypatch.setattr(training, "save_state", lambda _folder, step, _state: saved.append((step, log.synced, len(log.values))))
+    monkeypatch.setattr(loop, "STATE_SECONDS", 0)
+    monkeypatch.setattr(loop, "save_state", lambda _folder, step, _state: saved.append((step, log.synced, len(log.values))))
     run(params(), tmp_path, log)
     assert [step for step, _, _ in saved] == list(range(WINDOW, 61, WINDOW))
     assert all(synced == reported for _, synced, reported in saved)
@@ -327,7 +325,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 
 def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, whole, monkeypatch, capsys):
     trained, _ = whole
-    monkeypatch.setattr(training, "STATE_SECONDS", 0)
+    monkeypatch.setattr(loop, "STATE_SECONDS", 0)
     with pytest.raises(Stopped):
         run(params(), tmp_path, Recorder(40))
     states = sorted(tmp_path.glob("state-*.pt"))
@@ -400,12 +398,12 @@ def test_previews_and_validation_of_a_model_without_classes_use_the_null_class(t
     p = params(label_dropout=share, steps=WINDOW, model__dropout=0.0)
     diffusion, model = Diffusion(**p.diffusion.model_dump()), UNet(**p.model.model_dump()).eval()
     model.load_state_dict(run(p, tmp_path).weights)
-    images, losses = preview(p, model, diffusion), training.validate(p, model, diffusion, DATA)
+    images, losses = preview(p, model, diffusion), validation.validate(p, model, diffusion, DATA)
     with torch.no_grad():
         model.embed_class.weight[:NULL_CLASS] = 10
     unlabelled = share == 1
     assert torch.equal(preview(p, model, diffusion), images) is unlabelled
-    assert (training.validate(p, model, diffusion, DATA) == losses) is unlabelled
+    assert (validation.validate(p, model, diffusion, DATA) == losses) is unlabelled
 
 
 def test_the_fingerprint_changes_with_every_parameter():
@@ -427,11 +425,11 @@ def test_the_fingerprint_changes_with_every_parameter():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_cuda_graphs_have_the_losses_of_eager(tmp_path):
     device, p = torch.device("cuda"), params(model__dropout=0.0)
-    assert p.steps * p.batch_size < training.WORTH_FUSING
+    assert p.steps * p.batch_size < step.WORTH_FUSING
     logs = []
     for compile_model in (False, True):
         (states := tmp_path / str(compile_model)).mkdir()
-        training.train(p, DATA.to(device), device, states, log := Recorder(), compile_model)
+        loop.train(p, DATA.to(device), device, states, log := Recorder(), compile_model)
         logs.append({step: value for (name, step), value in log.values.items() if name == "train/loss"})
     eager, graphs = logs
     assert graphs == pytest.approx(eager, rel=1e-3)
@@ -445,15 +443,15 @@ def test_an_interrupted_run_on_cuda_ends_with_the_same_bytes(tmp_path):
         arguments = (params(), DATA.to(device), device, states)
         if stop_at:
             with pytest.raises(Stopped):
-                training.train(*arguments, Recorder(stop_at), compile_model=True)
-        digests.append(digest(training.train(*arguments, Recorder(), compile_model=True)))
+                loop.train(*arguments, Recorder(stop_at), compile_model=True)
+        digests.append(digest(loop.train(*arguments, Recorder(), compile_model=True)))
     assert digests[0] == digests[1]
 
 
 def test_short_trainings_on_cuda_are_not_fused(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda network, **options: options)
-    cuda, short, long = torch.device("cuda"), training.WORTH_FUSING - 1, training.WORTH_FUSING
-    assert training.compiled(None, True, short, cuda) == {"backend": "cudagraphs"}
-    assert training.compiled(None, True, long, cuda) == {"mode": "reduce-overhead"}
-    assert training.compiled(None, False, short, cuda) == {"mode": "default"}
-    assert training.compiled(None, True, short, CPU) == {"mode": "reduce-overhead"}
+    cuda, short, long = torch.device("cuda"), step.WORTH_FUSING - 1, step.WORTH_FUSING
+    assert step.compiled(None, True, short, cuda) == {"backend": "cudagraphs"}
+    assert step.compiled(None, True, long, cuda) == {"mode": "reduce-overhead"}
+    assert step.compiled(None, False, short, cuda) == {"mode": "default"}
+    assert step.compiled(None, True, short, CPU) == {"mode": "reduce-overhead"}

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ddpm.unet import Attention, UNet, timestep_embedding
+from ddpm.diffusion.unet import Attention, UNet, timestep_embedding
 
 CONFIGS = [
     {"patch_size": 1, "channels": (16, 16, 32), "blocks": 1, "attention": (7,), "heads": 2},

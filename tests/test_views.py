@@ -23,7 +23,7 @@ from PIL import Image
 
 import browser
 from conftest import free_port
-from ddpm.data import CLASSES
+from ddpm.data.fashion_mnist import CLASSES
 from test_pipeline import ENVIRONMENT, mlflow_runs, run
 
 pytestmark = pytest.mark.pipeline

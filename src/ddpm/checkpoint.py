@@ -6,14 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm.data import CLASSES
-from ddpm.diffusion import Diffusion
+from ddpm.data.fashion_mnist import CLASSES
+from ddpm.diffusion.process import Diffusion
+from ddpm.diffusion.unet import UNet
+from ddpm.errors import UserError
 from ddpm.files import load_tensors, serialise, write_atomic
-from ddpm.params import UserError
-from ddpm.unet import UNet
+from ddpm.paths import MODEL, PRETRAINED
 
-MODEL = Path("models/diffusion_model.pth")
-PRETRAINED = Path("models/pretrained/fashion_ddpm.pth")  # comes with the repository
 REMEDIES = {MODEL: "`dvc repro train` makes it", PRETRAINED: f"`git checkout {PRETRAINED}` makes it"}
 
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import psutil
 import torch
 
-from ddpm.params import UserError
+from ddpm.errors import UserError
 
 
 def sha256(data: bytes) -> str:

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import torch
 
-from ddpm import tracking
-from ddpm.distributed import Group, is_worker, joined, launch
-from ddpm.params import UserError, project_root
-from ddpm.resume import run_folder
+from ddpm.errors import UserError
+from ddpm.paths import project_root
+from ddpm.runtime.distributed import Group, is_worker, joined, launch
+from ddpm.runtime.run_folder import run_folder
+from ddpm.tracking.run import mark_killed
 
 FOLDER = "DDPM_RUN_FOLDER"  # tells the processes that a stage starts which folder it holds for them
 
 
-def perform(work: Callable[[Group, Path], None], name: str, processes: int, device: torch.device) -> None:
+def run_stage(work: Callable[[Group, Path], None], name: str, processes: int, device: torch.device) -> None:
     """Do `work` in .resume/`name`: in so many processes of this machine, or in those that the user's torchrun started.
 
     It is given the group of processes, of which only the first may write outputs and log, and the folder.
@@ -31,7 +32,7 @@ def perform(work: Callable[[Group, Path], None], name: str, processes: int, devi
             try:
                 launch(processes)
             except BaseException:
-                tracking.mark_killed(held, project_root())  # its process may have been the one that was lost
+                mark_killed(held, project_root())  # its process may have been the one that was lost
                 raise
         return
     with joined(device) as group, ExitStack() as stack:

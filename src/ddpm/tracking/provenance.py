@@ -1,5 +1,6 @@
 """Where a run comes from: git's commit, DVC's experiment, the parameters that were changed; as name, tags and description."""
 
+import hashlib
 import json
 import os
 import platform
@@ -7,17 +8,19 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ddpm.files import file_md5
+from ddpm.params import SampleParams
+from ddpm.paths import LOCK, MODEL, PRESETS, SAMPLES
 
 SECTIONS = {  # of the parameters that a stage's result hangs on
     "train": ("data", "train"),
     "sample": ("data", "train", "sample"),
     "evaluate": ("data", "train", "sample", "evaluate"),
 }
-PRESETS = Path("presets")
 SHOWN = 3  # changes in a name
 MADE = ("params.yaml", "dvc.lock", "data/", "models/diffusion_model", "output/")  # what runs and experiments change by themselves
 
@@ -87,6 +90,17 @@ def _preset(flat: dict[str, Any], changed: dict[str, Any]) -> tuple[str, dict[st
         if values and all(flat[name] == value for name, value in values.items()):
             return path.stem, {name: value for name, value in changed.items() if name not in values}
     return "", changed
+
+
+def drawn_from(model: bytes, sampling: SampleParams) -> bool:
+    """Whether DVC has it that the samples at hand were drawn from this model, in this way."""
+    try:
+        stage = yaml.safe_load(LOCK.read_text())["stages"]["sample"]
+        made = {item["path"]: item["md5"] for item in stage["deps"] + stage["outs"]}
+        now = {MODEL.as_posix(): hashlib.md5(model).hexdigest(), SAMPLES.as_posix(): file_md5(SAMPLES)}
+        return now.items() <= made.items() and stage["params"]["params.yaml"]["sample"] == sampling.model_dump()
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        return False
 
 
 def _note(experiment: str, commit: str | None, preset: str, changed: dict[str, Any], edited: list[str], trained: bool) -> str:

@@ -5,9 +5,10 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+from ddpm.errors import UserError
 from ddpm.files import write_atomic
-from ddpm.params import SampleParams, UserError
-from ddpm.tracking.store import REFUSED, quiet, root_cause, store_exists, tracking_uri, without_password
+from ddpm.params import SampleParams
+from ddpm.tracking.connection import REFUSED, quiet, root_cause, store_exists, tracking_uri, without_password
 
 MODEL = "fashion-ddpm"
 CHAMPION = "champion"

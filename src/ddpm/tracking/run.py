@@ -18,13 +18,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ddpm.distributed import by_a_lost_process
+from ddpm.errors import UserError
 from ddpm.files import sync
-from ddpm.params import UserError
-from ddpm.resume import hold
+from ddpm.runtime.distributed import by_a_lost_process
+from ddpm.runtime.run_folder import lock_folder
+from ddpm.tracking.connection import root_cause
 from ddpm.tracking.journal import Journal
 from ddpm.tracking.provenance import describe, flatten
-from ddpm.tracking.store import Store, root_cause
+from ddpm.tracking.store import Store
 
 RETRY_SECONDS = 2
 SHIP_SECONDS = 1  # between two shipments, so that they are batches
@@ -193,7 +194,7 @@ def ship(folder: Path, root: Path) -> str:
 
     The folder is removed unless a run can go on in it. Raises UserError where that run is under way, or the store away.
     """
-    with hold(folder):
+    with lock_folder(folder):
         journal = Journal(folder)
         start = next((e["start"] for e in journal.entries if "start" in e), None)
         if start is None:

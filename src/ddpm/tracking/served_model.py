@@ -6,15 +6,16 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from ddpm.device import select_device
-from ddpm.generation import Generator
-from ddpm.params import SampleParams, UserError
-from ddpm.serving import Request, encoded, respond
+from ddpm.errors import UserError
+from ddpm.params import SampleParams
+from ddpm.runtime.device import select_device
+from ddpm.sampling.pipeline import Pipeline
+from ddpm.serving.requests import Request, encoded, respond
 
 
 class GarmentGenerator(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
-        self.generator = Generator(Path(context.artifacts["checkpoint"]), select_device("auto"))
+        self.generator = Pipeline(Path(context.artifacts["checkpoint"]), select_device("auto"))
         self.sampling = SampleParams.model_validate(context.model_config)
 
     def predict(self, model_input: list[Request]) -> list[list[dict[str, str]]]:

@@ -1,8 +1,6 @@
 """MLflow's store: where it is, and what is sent there and looked up."""
 
 import json
-import logging
-import os
 import re
 import shutil
 import sys
@@ -11,98 +9,13 @@ import time
 from collections import deque
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any
 
-from ddpm.params import UserError
+from ddpm.tracking.connection import REFUSED, experiment_name, quiet, tracking_uri, without_password
 from ddpm.tracking.journal import Journal
 
-EXPERIMENT = "fashion-mnist-ddpm"  # MLFLOW_EXPERIMENT_NAME names another
 EXIT_SECONDS = 10  # how long the end waits for a store that is in trouble
 SLOW_SECONDS = 120  # and for one that is only slow, such as a database that is being created
-REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")  # asking again would change nothing
 MAX_BATCH = 1000  # metrics that MLflow takes in one call
-NO_ACCESS = {
-    "UNAUTHENTICATED": "it knows no such user and password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
-    "PERMISSION_DENIED": "the user in MLFLOW_TRACKING_USERNAME may not do this there; its administrator can permit it",
-}
-
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-
-
-def tracking_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, a relative sqlite path in it taken from `root`; else the store embedded in the repository."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    prefix = "sqlite:///"
-    if not uri:
-        return f"{prefix}{root / 'mlflow.db'}"
-    if uri.startswith(prefix):
-        return f"{prefix}{root / uri.removeprefix(prefix)}"
-    return uri
-
-
-def run_address(uri: str, run: Any) -> str:
-    """The run's page: on the server, or on the one that `make ui` starts."""
-    server = without_password(uri.rstrip("/")) if uri.startswith("http") else "http://127.0.0.1:5000"
-    return f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning"
-
-
-def experiment_id(uri: str) -> str | None:
-    """The experiment's on a server; None before the first run. Raises UserError where it is away, or doesn't let us in."""
-    import mlflow
-
-    try:
-        experiment = mlflow.MlflowClient(uri, uri).get_experiment_by_name(experiment_name())
-    except Exception as error:
-        raise UserError(f"MLflow at {without_password(uri)}: {root_cause(error)}") from None
-    return experiment and experiment.experiment_id
-
-
-def without_password(uri: str) -> str:
-    """To be shown: user and password left out."""
-    return re.sub(r"//.*@", "//", uri)
-
-
-def experiment_name() -> str:
-    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-
-
-def quiet() -> None:
-    for chatty in ("mlflow", "alembic"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-
-
-def store_exists(uri: str) -> bool:
-    """False where looking would create an empty store."""
-    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
-
-
-def evaluations(root: Path) -> dict[str, Any]:
-    """The newest finished evaluation of each file of samples, by the MD5 that `dvc.lock` has of it.
-
-    None, and a warning, where the store can't be reached.
-    """
-    uri = tracking_uri(root)
-    if not store_exists(uri):
-        return {}
-    import mlflow
-
-    quiet()
-    client = mlflow.MlflowClient(uri)
-    try:
-        experiment = client.get_experiment_by_name(experiment_name())
-        runs = experiment and client.search_runs(
-            [experiment.experiment_id],
-            "tags.stage = 'evaluate' and attributes.status = 'FINISHED'",
-            max_results=5000,
-            order_by=["attributes.start_time DESC"],
-        )
-    except Exception as error:
-        print(f"warning: MLflow at {without_password(uri)}: {root_cause(error)}; its runs are left out", file=sys.stderr)
-        return {}
-    return {run.data.tags["samples_md5"]: run for run in reversed(runs or []) if "samples_md5" in run.data.tags}
 
 
 class Store:
@@ -293,13 +206,3 @@ class Store:
 def _leading_metrics(queue: deque[dict], limit: int) -> list[dict]:
     entries = queue.copy()  # in one go: the program may append while these are looked at
     return list(takewhile(lambda entry: "metric" in entry, islice(entries, limit)))
-
-
-def root_cause(error: BaseException) -> str:
-    """What lies at the root of an error, on one line."""
-    if said := NO_ACCESS.get(getattr(error, "error_code", None)):
-        return said
-    while deeper := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
-        error = deeper
-    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

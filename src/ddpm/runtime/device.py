@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm.params import UserError
+from ddpm.errors import UserError
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")  # in what PyTorch raises
 

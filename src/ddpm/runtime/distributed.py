@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ddpm.params import Stopped, UserError
+from ddpm.errors import Stopped, UserError
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in what PyTorch raises
 LAUNCHER = "DDPM_LAUNCHER"  # tells the processes that `launch` starts which one they end with
@@ -69,7 +69,7 @@ class Group:
         return value
 
 
-ALONE = Group()
+SINGLE_PROCESS = Group()
 
 
 def is_worker() -> bool:
@@ -90,7 +90,7 @@ def joined(device: torch.device) -> Iterator[Group]:
     the same run again must not find it at work.
     """
     if not is_worker():
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     threading.Thread(target=_end_with, args=[int(os.environ.get(LAUNCHER, os.getppid()))], daemon=True).start()
     store, rank, size = next(dist.rendezvous("env://"))

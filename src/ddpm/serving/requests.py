@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from ddpm.data import to_uint8
+from ddpm.data.pixels import to_uint8
+from ddpm.errors import UserError
 from ddpm.figures import png
-from ddpm.generation import Generator, batches
-from ddpm.params import SampleParams, UserError
+from ddpm.params import SampleParams
+from ddpm.sampling.pipeline import Pipeline, label_batches
 
 ONE_AT_A_TIME = threading.Lock()  # PyTorch uses all processors for one batch
 
@@ -57,7 +58,7 @@ def class_numbers(asked: list[str], classes: Sequence[str]) -> list[int]:
     return [numbers[text.strip().lower()] for text in asked]
 
 
-def respond(generator: Generator, sampling: SampleParams, request: Request) -> tuple[Tensor, list[str]]:
+def respond(generator: Pipeline, sampling: SampleParams, request: Request) -> tuple[Tensor, list[str]]:
     """Images uint8 [N, …] and the names of their classes. Raises UserError where the model can't do that."""
     changes: dict[str, Any] = request.model_dump(include={"seed", "steps", "guidance_scale"}, exclude_none=True)
     if request.classes:
@@ -70,7 +71,7 @@ def respond(generator: Generator, sampling: SampleParams, request: Request) -> t
     generator.check(p)
     images, names = [], []
     with ONE_AT_A_TIME:
-        for first, labels in batches(generator.class_ids(p), request.count):
+        for first, labels in label_batches(generator.class_ids(p), request.count):
             *_, x = generator.walk(labels, p, first)
             images.append(to_uint8(x).cpu())
             names += [[*generator.classes, "none"][label] for label in labels]

@@ -3,22 +3,10 @@
 Ho et al. 2020 (eps, the forward process), Salimans and Ho 2022 (v), Hang et al. 2023 (min-SNR weighting).
 """
 
-import hashlib
-
 import torch
 from torch import Tensor
 
-from ddpm.schedule import alphas_cumprod
-
-
-def generator(seed: int, stream: str, index: int) -> torch.Generator:
-    """A CPU generator for item `index` of a named stream: what it draws depends on these three alone.
-
-    Nothing is carried from one training step or image to the next, so a resumed run needs no generator's state, and
-    batch size or device change no draw. Neighbouring indices take neighbouring seeds, so a stream never repeats itself.
-    """
-    start = int.from_bytes(hashlib.sha256(f"{stream}/{seed}".encode()).digest()[:4])
-    return torch.Generator().manual_seed((start + index) % 2**32)  # the CPU's Mersenne twister takes 32 bits
+from ddpm.diffusion.schedule import alphas_cumprod
 
 
 class Diffusion:

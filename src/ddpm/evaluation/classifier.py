@@ -4,25 +4,22 @@ Distances between feature distributions mean something only under the same featu
 Fashion-MNIST, committed (`models/classifier.pth`), with their SHA-256 and recipe beside them (`models/classifier.json`).
 """
 
-import hashlib
 import json
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ddpm.data import channels_first
-from ddpm.distributed import ALONE, Group
-from ddpm.files import file_sha256, load_tensors, read_verified, write_verified
-from ddpm.params import FASHION_MNIST, UserError
+from ddpm.data.pixels import channels_first
+from ddpm.errors import UserError
+from ddpm.files import file_sha256, load_tensors
+from ddpm.params import FASHION_MNIST
+from ddpm.paths import CLASSIFIER
 
 PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of Fashion-MNIST, pixels in [0, 1]; another set's are learned by its first layer
 FEATURES = 128
 TURNS = 4  # classes of a network that learned by which quarter turn an image was turned
 MADE_BY = "python src/train_classifier.py"
-FROZEN = Path("models/classifier.pth")  # in git: one that another machine trains would measure otherwise
 
 
 class Classifier(nn.Module):
@@ -63,7 +60,7 @@ def load_classifier(path: Path, data: str = FASHION_MNIST) -> Classifier:
     Raises UserError if either file is missing, the hash is another, or it was trained on another data set than `data`.
     """
     card = path.with_suffix(".json")
-    made_by = f"git checkout {path} {card}" if path == FROZEN else f"{MADE_BY} --out {path}"
+    made_by = f"git checkout {path} {card}" if path == CLASSIFIER else f"{MADE_BY} --out {path}"
     try:
         content = json.loads(card.read_text())
         expected, trained_on = content["sha256"], content["data"]
@@ -82,43 +79,3 @@ def load_classifier(path: Path, data: str = FASHION_MNIST) -> Classifier:
     classifier = Classifier(len(weights["head.bias"]), weights["stem.0.weight"].shape[1])
     classifier.load_state_dict({name: w.float() if w.is_floating_point() else w for name, w in weights.items()})
     return classifier.eval().requires_grad_(False)
-
-
-@torch.inference_mode()
-def extract(
-    classifier: Classifier, images: Tensor, device: torch.device, batch_size: int = 500, group: Group = ALONE
-) -> tuple[Tensor, Tensor]:
-    """Features float32 [N, 128] and predicted classes int64 [N] of uint8 images [N, …], on the CPU.
-
-    Every process of `group` computes its share of the batches; only the first gets the whole.
-    """
-    classifier = classifier.to(device, memory_format=torch.channels_last)
-    mine = group.share(images.split(batch_size))
-    features, predictions = [torch.empty(0, FEATURES)], [torch.empty(0, dtype=torch.int64)]
-    options = {"unit": "batch", "desc": f"features of {len(images)}", "dynamic_ncols": True, "disable": not group.first}
-    with tqdm(mine, delay=1e-9, **options) as bar:  # not drawn before `with` can end its line
-        for batch in bar:
-            f, logits = classifier(batch.to(device))
-            features.append(f.float().cpu())
-            predictions.append(logits.argmax(1).cpu())
-    return group.gather(torch.cat(features)), group.gather(torch.cat(predictions))
-
-
-def extract_cached(
-    classifier: Classifier, images: Tensor, device: torch.device, cache: Path, group: Group = ALONE
-) -> tuple[Tensor, Tensor]:
-    """`extract`, kept in the folder `cache` for the next time: the real images are the same at every evaluation."""
-    digest = hashlib.sha256()
-    for rows in images.split(10_000):
-        digest.update(rows.numpy().tobytes())
-    for weight in classifier.state_dict().values():
-        digest.update(weight.cpu().numpy().tobytes())
-    digest.update(f"{torch.__version__} {device} {torch.get_num_threads()}".encode())  # what rounding depends on
-    path = cache / f"features-{digest.hexdigest()[:16]}.pt"
-    content = read_verified(path) if group.first else None
-    if group.from_first(content is None):
-        features, predictions = extract(classifier, images, device, group=group)
-        content = {"features": features, "predictions": predictions}
-        if group.first:
-            write_verified(path, content)
-    return (content["features"], content["predictions"]) if group.first else (None, None)

@@ -14,10 +14,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ddpm.files import file_sha256, read_verified, write_verified, writing
-from ddpm.params import UserError
+from ddpm.errors import UserError
+from ddpm.files import file_sha256, writing
 
-KEPT_STATES = 2  # the newest, and one to fall back to if the newest is damaged
 KEPT_DAYS = 30  # without a write; by then nobody goes on with the run
 
 
@@ -64,7 +63,7 @@ def run_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keep runs out of the folder; raises UserError where one is in it."""
     lock = _lock(folder)
     try:
@@ -99,20 +98,3 @@ def _modified(path: Path) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:
         return time.time()
-
-
-def save_state(folder: Path, step: int, state: dict) -> None:
-    """Keep the state after `step` steps, and the one before it."""
-    write_verified(folder / f"state-{step:08d}.pt", state)
-    for old in sorted(folder.glob("state-*.pt"))[:-KEPT_STATES]:
-        old.unlink()
-
-
-def load_state(folder: Path) -> dict | None:
-    """The newest undamaged state in `folder`, on the CPU; None where there is none."""
-    for path in sorted(folder.glob("state-*.pt"), reverse=True):
-        if state := read_verified(path):
-            return state
-        print(f"warning: {path} is damaged; falling back to the state before it", file=sys.stderr)
-        path.unlink(missing_ok=True)  # or it would be kept in the place of a good one
-    return None

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ddpm.diffusion import Diffusion, generator
+from ddpm.diffusion.process import Diffusion
+from ddpm.diffusion.rng import ImageNoise
 
 Denoiser = Callable[[Tensor, int], Tensor]
 
@@ -55,20 +56,6 @@ def guided_denoiser(
         return x0.clamp(-1, 1) if clip else x0
 
     return denoise
-
-
-class ImageNoise:
-    """Gaussian noise [N, *shape] for images `first` … `first + count - 1` of a sampling run, drawn again at every call.
-
-    Image i's stream depends on (seed, i) alone, whatever batch it is in and whatever device it is made on.
-    """
-
-    def __init__(self, seed: int, first: int, count: int, shape: Sequence[int], device: torch.device):
-        self.generators = [generator(seed, "sample", first + i) for i in range(count)]
-        self.shape, self.device = tuple(shape), device
-
-    def __call__(self) -> Tensor:
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
 
 
 def _signal_levels(alphas_cumprod: Tensor, timesteps: Sequence[int]) -> list[tuple[int, float, float]]:
@@ -143,7 +130,7 @@ def _half_log_snr(level: float) -> float:
 
 
 @torch.inference_mode()
-def generate(
+def iter_samples(
     model: Callable,
     diffusion: Diffusion,
     labels: Tensor,

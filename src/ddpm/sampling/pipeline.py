@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from ddpm.checkpoint import load_model
-from ddpm.params import SampleParams, UserError
-from ddpm.samplers import ImageNoise, generate
+from ddpm.diffusion.rng import ImageNoise
+from ddpm.diffusion.samplers import iter_samples
+from ddpm.errors import UserError
+from ddpm.params import SampleParams
 
 BATCH, CUDA_BATCH = 125, 500  # images denoised together; changes nothing beyond rounding
 
 
-class Generator:
+class Pipeline:
     """A trained model, ready to draw. Raises UserError where the file isn't one."""
 
     def __init__(self, checkpoint: Path, device: torch.device):
@@ -41,7 +43,7 @@ class Generator:
         """Images `first`, `first + 1` … of `p.seed` for int64 labels [N]: [N, C, H, W] in [-1, 1] after every step."""
         noise = ImageNoise(p.seed, first, len(labels), self.image_shape, self.device)
         guidance = 1.0 if p.classes == "none" else p.guidance_scale  # towards no class is nowhere
-        for x, _ in generate(
+        for x, _ in iter_samples(
             self.model, self.diffusion, labels.to(self.device), self.null_class, noise,
             p.sampler, p.steps, p.spacing, p.eta, p.variance, p.clip, guidance,
         ):  # fmt: skip
@@ -52,7 +54,7 @@ class Generator:
         return {"all": list(range(self.null_class)), "none": [self.null_class]}.get(str(p.classes)) or list(p.classes)
 
 
-def batches(classes: list[int], count: int, size: int = BATCH) -> list[tuple[int, Tensor]]:
+def label_batches(classes: list[int], count: int, size: int = BATCH) -> list[tuple[int, Tensor]]:
     """Number of the first image, and labels int64 [N], of every batch; over all images the classes take turns."""
     labels = torch.tensor(classes).repeat(-(-count // len(classes)))[:count]
     return list(zip(range(0, count, size), labels.split(size), strict=True))

@@ -13,9 +13,9 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
-from ddpm.data import FILES
+from ddpm.data.fashion_mnist import FILES
+from ddpm.errors import UserError
 from ddpm.files import sha256, write_atomic
-from ddpm.params import UserError
 
 MIRRORS = ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",)  # torchvision's; plain http, hence the hashes
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
