@@ -137,11 +137,11 @@ def gflop(work: Callable[[], object]) -> float:
 def drawn(model: Path, sampling: SampleParams, count: int, **changes: object) -> tuple[Tensor, Tensor]:
     """Images uint8 [N, 28, 28] that the model draws, and their classes [N]."""
     p = sampling.model_copy(update={"classes": "all", "seed": SAMPLE_SEED, "count": count, **changes})
-    generator, images, labels = Pipeline(ROOT / model, select_device("auto")), [], []
-    generator.check(p)
-    todo = label_batches(generator.class_ids(p), count, generator.batch_size)
+    pipeline, images, labels = Pipeline(ROOT / model, select_device("auto")), [], []
+    pipeline.check(p)
+    todo = label_batches(pipeline.class_ids(p), count, pipeline.batch_size)
     for first, classes in tqdm(todo, unit="batch", desc=" ".join(map(str, changes.values()))):
-        *_, x = generator.walk(classes, p, first)
+        *_, x = pipeline.iter_samples(classes, p, first)
         images.append(guard("this project", x))
         labels.append(classes)
     return torch.cat(images), torch.cat(labels)

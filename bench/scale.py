@@ -32,7 +32,7 @@ p = load_params().train.model_copy(update={"steps": int(sys.argv[1]), "report_ev
 with joined(torch.device("cpu")) as group, tempfile.TemporaryDirectory() as folder:
     data = load_data("FashionMNIST")
     train(p, data, torch.device("cpu"), Path(folder), rates := Rates(), False, group)
-    if group.first:
+    if group.is_main:
         Path(sys.argv[2]).write_text(json.dumps(rates[2:]))
 """
 FP32_BYTES = 4

@@ -35,14 +35,14 @@ def main() -> None:
     options = parser.parse_args()
     if not PRETRAINED.exists() and not Path("models").is_dir():
         raise UserError(f"{PRETRAINED}: there is no such file here; run from the repository's root")
-    generator = Pipeline(PRETRAINED, select_device("auto"))
-    classes = sorted(set(class_numbers(options.classes, generator.classes))) or "all"
+    pipeline = Pipeline(PRETRAINED, select_device("auto"))
+    classes = sorted(set(class_numbers(options.classes, pipeline.classes))) or "all"
     p = pretrained_sampling().model_copy(update={"classes": classes, "seed": options.seed})
-    ids = generator.class_ids(p)
+    ids = pipeline.class_ids(p)
     ((_, labels),) = label_batches(ids, len(ids) * GRID_COLUMNS)  # by turns
-    history = [ImageNoise(p.seed, 0, len(labels), generator.image_shape, torch.device("cpu"))(), *generator.walk(labels, p)]
+    history = [ImageNoise(p.seed, 0, len(labels), pipeline.image_shape, torch.device("cpu"))(), *pipeline.iter_samples(labels, p)]
     frames = [to_uint8(x).cpu() for x in history]
-    save_png(GRID, class_rows(frames[-1], generator, ids))
+    save_png(GRID, class_rows(frames[-1], pipeline, ids))
     save_gif(ANIMATION, [sheet(x[:ANIMATED], columns=5) for x in evenly_spaced(frames, GIF_FRAMES)])
     print(f"{GRID} and {ANIMATION}, by {PRETRAINED} with seed {p.seed}")
 

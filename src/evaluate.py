@@ -37,7 +37,7 @@ def main() -> None:
     path = Path(params.evaluate.classifier)
     classifier = load_classifier(path, params.data.name)
     images, labels, checkpoint = read_samples(SAMPLES)
-    data = load_dataset(params.data.name).thinned(REFERENCES)
+    data = load_dataset(params.data.name).subsample(REFERENCES)
     if images.shape[1:] != data.images.shape[1:]:
         raise UserError(f"{SAMPLES}: images are {sizes(images)}, {params.data.name}'s {sizes(data.images)}; {ANEW}")
     if (classifier.channels, classifier.classes) != (data.image_shape[0], len(data.classes) or TURNS):
@@ -47,7 +47,7 @@ def main() -> None:
     name = fingerprint(judged, [*imported_source(), SAMPLES, path])
 
     def work(group: Group, folder: Path) -> None:
-        if group.first:
+        if group.is_main:
             track_evaluation(params, device, classifier, data, images, labels, checkpoint, folder, group)
         else:
             features(classifier, images, data, device, group)

@@ -41,52 +41,52 @@ def main() -> None:
     p = params.sample
     device = select_device(params.runtime.device, deterministic=params.runtime.deterministic)
     with enough_memory(device, "close what else uses it"):
-        generator = Pipeline(file, device)
+        pipeline = Pipeline(file, device)
         try:
-            generator.check(p)
+            pipeline.check(p)
         except UserError as error:
             raise UserError(f"params.yaml: {error}") from None
         checkpoint, name = file_sha256(file), fingerprint(p.model_dump(), [*imported_source(), file])
 
         def work(group: Group, folder: Path) -> None:
-            if group.first:
-                track_sampling(params, generator, checkpoint, folder, group)
+            if group.is_main:
+                track_sampling(params, pipeline, checkpoint, folder, group)
             else:
-                draw_images(generator, p, folder, group)
+                draw_images(pipeline, p, folder, group)
 
         run_stage(work, name, params.runtime.processes, device)
 
 
-def track_sampling(params: Params, generator: Pipeline, checkpoint: str, folder: Path, group: Group) -> None:
+def track_sampling(params: Params, pipeline: Pipeline, checkpoint: str, folder: Path, group: Group) -> None:
     """Draw the images, write the outputs, and log it all as one MLflow run."""
-    p, root, required, where = params.sample, project_root(), params.runtime.require_mlflow, str(generator.device)
+    p, root, required, where = params.sample, project_root(), params.runtime.require_mlflow, str(pipeline.device)
     ours = MODEL.exists() and file_sha256(MODEL) == checkpoint
     told = params.model_dump(exclude=None if ours else {"train"})  # which is not of another model
     with start_run("sample", told, root, folder, where, required, checkpoint) as run:
         began = time.monotonic()
-        images, history, drawn = draw_images(generator, p, folder, group)
+        images, history, drawn = draw_images(pipeline, p, folder, group)
         seconds = time.monotonic() - began
-        start = ImageNoise(p.seed, 0, len(history[0]), generator.image_shape, torch.device("cpu"))()  # as the first batch drew it
-        write_outputs(images, [to_uint8(start), *history], generator, p, checkpoint)
+        start = ImageNoise(p.seed, 0, len(history[0]), pipeline.image_shape, torch.device("cpu"))()  # as the first batch drew it
+        write_outputs(images, [to_uint8(start), *history], pipeline, p, checkpoint)
         run.metrics(0, {"sample/seconds": seconds, "sample/images_per_second": drawn / seconds})
         for path in ("generated_samples.png", "denoising.png", "denoising.gif"):
             run.artifact(OUTPUT / path)
         print(f"{len(images):,} images are in {OUTPUT / 'samples.npz'}, the first of them in {OUTPUT / 'generated_samples.png'}")
 
 
-def write_outputs(images: Tensor, history: list[Tensor], generator: Pipeline, p: SampleParams, checkpoint: str) -> None:
+def write_outputs(images: Tensor, history: list[Tensor], pipeline: Pipeline, p: SampleParams, checkpoint: str) -> None:
     """`history`: the first images, uint8 [n, …], before the first network evaluation and after each."""
-    classes = generator.class_ids(p)
+    classes = pipeline.class_ids(p)
     labels = torch.cat([labels for _, labels in label_batches(classes, p.count)])
-    write_samples(OUTPUT / "samples.npz", images, labels.masked_fill(labels == generator.null_class, -1), checkpoint)
+    write_samples(OUTPUT / "samples.npz", images, labels.masked_fill(labels == pipeline.null_class, -1), checkpoint)
 
-    named = generator.null_class not in classes
+    named = pipeline.null_class not in classes
     save_png(
         OUTPUT / "generated_samples.png",
-        class_rows(images, generator, classes) if named else sheet(images[: GRID_COLUMNS * GRID_COLUMNS], GRID_COLUMNS),
+        class_rows(images, pipeline, classes) if named else sheet(images[: GRID_COLUMNS * GRID_COLUMNS], GRID_COLUMNS),
     )
     shown = evenly_spaced(history, STRIP_COLUMNS)
-    names = [generator.classes[c] for c in (classes * STRIP_ROWS)[: len(history[0])]] if named else []
+    names = [pipeline.classes[c] for c in (classes * STRIP_ROWS)[: len(history[0])]] if named else []
     save_png(OUTPUT / "denoising.png", sheet(torch.stack(shown, dim=1).flatten(0, 1), len(shown), names))
     save_gif(OUTPUT / "denoising.gif", [sheet(x, columns=5) for x in evenly_spaced(history, GIF_FRAMES)])
 

@@ -50,8 +50,8 @@ def main() -> None:
     source, sampling = str(checkpoint), pretrained.pretrained_sampling() if checkpoint == paths.PRETRAINED else params.sample
     if options.model is None and (champion := registry.champion(project_root())):
         source, checkpoint, sampling = champion
-    generator = Pipeline(checkpoint, select_device(params.runtime.device, deterministic=params.runtime.deterministic))
-    app = application(generator, sampling, source)
+    pipeline = Pipeline(checkpoint, select_device(params.runtime.device, deterministic=params.runtime.deterministic))
+    app = application(pipeline, sampling, source)
     told = f"{source}, at http://{HOST}:{options.port}; Ctrl-C ends it"
     with suppress(Stopped):
         Server(uvicorn.Config(app, host=HOST, port=options.port, log_level="warning"), told).run()
@@ -69,24 +69,24 @@ class Server(uvicorn.Server):
         print(self.told, flush=True)
 
 
-def application(generator: Pipeline, sampling: SampleParams, source: str) -> FastAPI:
+def application(pipeline: Pipeline, sampling: SampleParams, source: str) -> FastAPI:
     app = FastAPI(title="Garments", docs_url=None, redoc_url=None)  # its pages would come from another server
 
     @app.get("/")
     def about() -> dict:
-        about = {"model": source, "classes": generator.classes, "sampling": sampling.model_dump()}
+        about = {"model": source, "classes": pipeline.classes, "sampling": sampling.model_dump()}
         return about | {"request": Request.model_json_schema()}
 
     @app.get("/sheet")
     def get_sheet(request: Annotated[Request, Query()]) -> Response:
         """One PNG, ten images a row."""
-        images, _ = respond(generator, sampling, request)
+        images, _ = respond(pipeline, sampling, request)
         return Response(png(sheet(images, min(COLUMNS, len(images)))), media_type="image/png")
 
     @app.post("/images")
     def post_images(request: Request) -> dict:
         """Each image and its class."""
-        return {"images": encoded(*respond(generator, sampling, request))}
+        return {"images": encoded(*respond(pipeline, sampling, request))}
 
     @app.exception_handler(RequestValidationError)
     def invalid(_: object, error: RequestValidationError) -> JSONResponse:

@@ -55,7 +55,7 @@ def main() -> None:
 
     def work(group: Group, folder: Path) -> None:
         mine = data.to(device)
-        if group.first:
+        if group.is_main:
             track_training(params, mine, data_sha256, device, folder, group)
         else:
             training(params, mine, device, None, None, group)
@@ -85,7 +85,7 @@ def track_training(params: Params, data: Dataset, data_sha256: str, device: torc
                 "data_sha256": data_sha256,
                 "precision": "bfloat16" if use_bfloat16(p, device) else "float32",
                 "parameters": sum(w.numel() for w in trained.weights.values()),
-                "processes": group.size,
+                "processes": group.world_size,
             }
         )
 

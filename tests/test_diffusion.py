@@ -73,7 +73,7 @@ def test_min_snr_loss_is_the_same_whatever_is_predicted(schedule, gamma, fractio
         d = Diffusion(1000, schedule, prediction, gamma)
         x_t = d.q_sample(x0, t, eps)
         output = d.target(guess, t, noise_in(d, guess, x_t, t))
-        losses[prediction] = d.losses(output, x0, t, eps)
+        losses[prediction] = d.weighted_loss(output, x0, t, eps)
     torch.testing.assert_close(losses["eps"], losses["x0"], rtol=1e-3, atol=0)
     torch.testing.assert_close(losses["v"], losses["x0"], rtol=1e-3, atol=0)
 
@@ -103,12 +103,12 @@ def test_losses_are_each_images_own(schedule, prediction, gamma, seed):
     x0, eps, error = images(seed, 3), images(seed + 1, 3), images(seed + 2, 3)
     error[1] = 0
     output = d.target(x0, t, eps) + error
-    losses = d.losses(output, x0, t, eps)
+    losses = d.weighted_loss(output, x0, t, eps)
     assert losses.shape == (3,)
     assert losses[1] < 1e-12 and losses[0] > 0 and losses[2] > 0
     for i in range(3):
         one = slice(i, i + 1)
-        torch.testing.assert_close(d.losses(output[one], x0[one], t[one], eps[one]), losses[one])
+        torch.testing.assert_close(d.weighted_loss(output[one], x0[one], t[one], eps[one]), losses[one])
     torch.testing.assert_close(losses, error.square().mean((1, 2, 3)) * d.weight[t], rtol=1e-3, atol=1e-8, check_dtype=False)
 
 
@@ -116,8 +116,8 @@ def test_a_bfloat16_output_is_compared_in_float32():
     d, t = Diffusion(1000, "cosine", "v", 5.0), torch.arange(4)
     x0, eps = images(0, 4).float(), images(1, 4).float()
     output = d.target(x0, t, eps).bfloat16()
-    assert d.losses(output, x0, t, eps).dtype == torch.float32
-    torch.testing.assert_close(d.losses(output, x0, t, eps), d.losses(output.float(), x0, t, eps))
+    assert d.weighted_loss(output, x0, t, eps).dtype == torch.float32
+    torch.testing.assert_close(d.weighted_loss(output, x0, t, eps), d.weighted_loss(output.float(), x0, t, eps))
 
 
 def test_no_two_indices_share_a_seed():

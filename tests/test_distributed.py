@@ -41,16 +41,16 @@ with joined(CPU) as group:
             torch.set_default_dtype(torch.float64)
             torch.Tensor.float = torch.Tensor.double
         (states := folder / precision).mkdir(exist_ok=True)
-        log = Recorder(stop_at=stop_at or None) if group.first else None
+        log = Recorder(stop_at=stop_at or None) if group.is_main else None
         p = params(batch_size=12, steps=200, model__dropout=0.0)
         try:
-            train(p, class_images(), CPU, states if group.first else None, log, False, group)
+            train(p, class_images(), CPU, states if group.is_main else None, log, False, group)
         except Stopped:
             pass
-        if group.first:
+        if group.is_main:
             losses[precision] = [value for (name, _), value in log.values.items() if name == "train/loss"]
-    if group.first:
-        (folder / f"losses-{group.size}.json").write_text(json.dumps(losses))
+    if group.is_main:
+        (folder / f"losses-{group.world_size}.json").write_text(json.dumps(losses))
 """
 
 
@@ -119,6 +119,6 @@ def test_what_nccl_says_is_told(monkeypatch):
 def test_shares_are_all_of_it_and_as_equal_as_can_be():
     for size in range(1, 9):
         for count in range(size, 30):
-            shares = [Group(rank, size).share(list(range(count))) for rank in range(size)]
+            shares = [Group(rank, size).shard(list(range(count))) for rank in range(size)]
             assert [item for share in shares for item in share] == list(range(count))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1

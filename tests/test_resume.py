@@ -41,7 +41,9 @@ def test_the_fingerprint_changes_with_any_file_and_nothing_else(tmp_path):
 
 def test_the_code_is_the_projects_that_is_imported_and_changes_results():
     own = [path.relative_to(SRC).as_posix() for path in imported_source()]
-    assert {"ddpm/__init__.py", "ddpm/files.py", "ddpm/params.py", "ddpm/resume.py"} <= set(own)
+    assert {"ddpm/__init__.py", "ddpm/files.py", "ddpm/paths.py", "ddpm/runtime/run_folder.py", "ddpm/training/state.py"} <= set(
+        own
+    )
     assert not any(name.startswith("ddpm/tracking/") for name in own)
     assert own == sorted(own)
 

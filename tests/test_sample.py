@@ -15,19 +15,19 @@ N = 2 * BATCH + 50
 
 
 @pytest.fixture(scope="module")
-def generator(random_model) -> Pipeline:
+def pipeline(random_model) -> Pipeline:
     return Pipeline(random_model, torch.device("cpu"))
 
 
-def draw(generator: Pipeline, folder: Path) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+def draw(pipeline: Pipeline, folder: Path) -> tuple[torch.Tensor, list[torch.Tensor], int]:
     p = Params.model_validate(yaml.safe_load((ROOT / "params.yaml").read_text())).sample
     p = p.model_copy(update={"sampler": "ddpm", "steps": 3, "seed": 1, "guidance_scale": 1.0, "count": N})
     folder.mkdir(exist_ok=True)
-    return sample.draw(generator, p, folder)
+    return sample.draw(pipeline, p, folder)
 
 
-def test_only_what_is_missing_or_damaged_is_drawn_again(generator, tmp_path, monkeypatch):
-    images, history, drawn = draw(generator, tmp_path)
+def test_only_what_is_missing_or_damaged_is_drawn_again(pipeline, tmp_path, monkeypatch):
+    images, history, drawn = draw(pipeline, tmp_path)
     first, second, third = sorted(tmp_path.iterdir())
     assert drawn == N
     assert [len(x) for x in history] == [10, 10, 10]
@@ -35,7 +35,7 @@ def test_only_what_is_missing_or_damaged_is_drawn_again(generator, tmp_path, mon
     assert len(images.flatten(1).unique(dim=0)) == N
 
     def same_with(expected: int) -> None:
-        again, history_again, drawn = draw(generator, tmp_path)
+        again, history_again, drawn = draw(pipeline, tmp_path)
         assert drawn == expected
         assert torch.equal(again, images)
         assert all(torch.equal(a, b) for a, b in zip(history_again, history, strict=True))
@@ -48,7 +48,7 @@ def test_only_what_is_missing_or_damaged_is_drawn_again(generator, tmp_path, mon
     first.unlink()
     same_with(BATCH)
 
-    monkeypatch.setattr(generator, "batch_size", 2 * BATCH)  # as on another device
+    monkeypatch.setattr(pipeline, "batch_size", 2 * BATCH)  # as on another device
     same_with(2 * BATCH)  # of what was kept the last batch alone is what it should be
 
 

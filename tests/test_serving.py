@@ -177,13 +177,13 @@ def test_curls_own_content_type_is_told(server):
 
 @pytest.mark.parametrize(("label_dropout", "names"), [(1.0, ["none"] * 4), (0.0, list(CLASSES[:4]))])
 def test_a_model_without_classes_or_guidance_is_asked_for_neither(random_model, label_dropout, names):
-    generator = Pipeline(random_model, torch.device("cpu"))
-    generator.label_dropout = label_dropout
-    images, drawn = respond(generator, SAMPLING, Request(count=4, steps=2))
+    pipeline = Pipeline(random_model, torch.device("cpu"))
+    pipeline.label_dropout = label_dropout
+    images, drawn = respond(pipeline, SAMPLING, Request(count=4, steps=2))
     assert drawn == names
     assert len(images) == 4
     with pytest.raises(UserError):
-        respond(generator, SAMPLING, Request(classes=["Bag"], guidance_scale=2.0, steps=2))
+        respond(pipeline, SAMPLING, Request(classes=["Bag"], guidance_scale=2.0, steps=2))
 
 
 def test_eight_clients_at_once_get_what_each_would_get_alone(server):

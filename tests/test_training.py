@@ -180,9 +180,9 @@ def test_the_training_loss_estimates_the_weighted_loss():
     diffusion = Diffusion(**p.diffusion.model_dump())
     x0, eps = torch.randn(2, 50, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     output = torch.zeros_like(x0)
-    every = diffusion.losses(output, x0, torch.arange(50), eps).mean().item()
+    every = diffusion.weighted_loss(output, x0, torch.arange(50), eps).mean().item()
     t = torch.cat([draw(p, step, 500, SHAPE, diffusion)[1] for step in range(100)])
-    estimate = diffusion.errors(output[t], x0[t], t, eps[t]).mean().item() * diffusion.mean_weight
+    estimate = diffusion.squared_error(output[t], x0[t], t, eps[t]).mean().item() * diffusion.mean_weight
     assert estimate == pytest.approx(every, rel=0.01)
 
 

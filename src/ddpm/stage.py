@@ -37,6 +37,6 @@ def run_stage(work: Callable[[Group, Path], None], name: str, processes: int, de
         return
     with joined(device) as group, ExitStack() as stack:
         given = os.environ.get(FOLDER)
-        if given is None and group.first:
+        if given is None and group.is_main:
             given = str(stack.enter_context(run_folder(folder)))
-        work(group, folder.with_name(Path(group.from_first(given)).name))  # on another machine the path may differ
+        work(group, folder.with_name(Path(group.broadcast(given)).name))  # on another machine the path may differ

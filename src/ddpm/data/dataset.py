@@ -36,7 +36,7 @@ class Dataset:
         """[C, H, H]"""
         return (1 if self.images.ndim == 3 else 3, *self.images.shape[1:3])
 
-    def thinned(self, count: int) -> Self:
+    def subsample(self, count: int) -> Self:
         """At most `count` images for training and as many for testing, evenly spaced."""
         train, test = (slice(None, None, -(-len(x) // count)) for x in (self.images, self.test_images))
         return type(self)(self.images[train], self.labels[train], self.test_images[test], self.test_labels[test], self.classes)

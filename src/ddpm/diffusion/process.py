@@ -66,10 +66,10 @@ class Diffusion:
             return (x_t - sigma * output) / alpha
         return alpha * x_t - sigma * output
 
-    def errors(self, output: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def squared_error(self, output: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The squared error of each image, [N]."""
         return (output.float() - self.target(x0, t, eps)).square().mean((1, 2, 3))
 
-    def losses(self, output: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def weighted_loss(self, output: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The weighted squared error of each image, [N]."""
-        return self.errors(output, x0, t, eps) * self.weight[t]
+        return self.squared_error(output, x0, t, eps) * self.weight[t]

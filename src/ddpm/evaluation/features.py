@@ -21,9 +21,9 @@ def extract(
     Every process of `group` computes its share of the batches; only the first gets the whole.
     """
     classifier = classifier.to(device, memory_format=torch.channels_last)
-    mine = group.share(images.split(batch_size))
+    mine = group.shard(images.split(batch_size))
     features, predictions = [torch.empty(0, FEATURES)], [torch.empty(0, dtype=torch.int64)]
-    options = {"unit": "batch", "desc": f"features of {len(images)}", "dynamic_ncols": True, "disable": not group.first}
+    options = {"unit": "batch", "desc": f"features of {len(images)}", "dynamic_ncols": True, "disable": not group.is_main}
     with tqdm(mine, delay=1e-9, **options) as bar:  # not drawn before `with` can end its line
         for batch in bar:
             f, logits = classifier(batch.to(device))
@@ -43,10 +43,10 @@ def extract_cached(
         digest.update(weight.cpu().numpy().tobytes())
     digest.update(f"{torch.__version__} {device} {torch.get_num_threads()}".encode())  # what rounding depends on
     path = cache / f"features-{digest.hexdigest()[:16]}.pt"
-    content = read_verified(path) if group.first else None
-    if group.from_first(content is None):
+    content = read_verified(path) if group.is_main else None
+    if group.broadcast(content is None):
         features, predictions = extract(classifier, images, device, group=group)
         content = {"features": features, "predictions": predictions}
-        if group.first:
+        if group.is_main:
             write_verified(path, content)
-    return (content["features"], content["predictions"]) if group.first else (None, None)
+    return (content["features"], content["predictions"]) if group.is_main else (None, None)

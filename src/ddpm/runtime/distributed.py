@@ -30,39 +30,39 @@ class Group:
     """The processes of which this is number `rank`. A group of one does nothing."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, items: Any) -> Any:
+    def shard(self, items: Any) -> Any:
         """This process's slice of a tensor or list that all of them have; the first has one where there is anything."""
-        start, end = (-(-len(items) * r // self.size) for r in (self.rank, self.rank + 1))
+        start, end = (-(-len(items) * r // self.world_size) for r in (self.rank, self.rank + 1))
         return items[start:end]
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with gradients that are averaged over the processes."""
-        return nn.parallel.DistributedDataParallel(model) if self.size > 1 else model
+        return nn.parallel.DistributedDataParallel(model) if self.world_size > 1 else model
 
-    def average(self, values: Tensor) -> Tensor:
+    def all_reduce_mean(self, values: Tensor) -> Tensor:
         """`values` averaged over the processes, in place."""
-        if self.size > 1:
+        if self.world_size > 1:
             dist.all_reduce(values)
-            values /= self.size
+            values /= self.world_size
         return values
 
     def gather(self, values: Tensor) -> Tensor | None:
         """What all processes have, one after the other, on the CPU; None in all but the first."""
-        if self.size == 1:
+        if self.world_size == 1:
             return values.cpu()
-        boxes = [None] * self.size if self.first else None
+        boxes = [None] * self.world_size if self.is_main else None
         dist.gather_object(values.cpu(), boxes, dst=0)
-        return torch.cat(boxes) if self.first else None
+        return torch.cat(boxes) if self.is_main else None
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """What the first process has, on the CPU."""
-        if self.size > 1:
+        if self.world_size > 1:
             box = [value]
             dist.broadcast_object_list(box, src=0)
             return box[0]
@@ -77,7 +77,7 @@ def is_worker() -> bool:
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
-def by_a_lost_process(error: BaseException) -> bool:
+def is_lost_process_error(error: BaseException) -> bool:
     """Whether it is what PyTorch raises where another process of the same group is gone."""
     return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in LOST))
 
@@ -118,7 +118,7 @@ def _end_with(launcher: int) -> None:
 
 def _ending(error: BaseException, rank: int) -> BaseException:
     """What this process ends with, so that of several only the one speaks where it began, or else the first."""
-    lost = by_a_lost_process(error)
+    lost = is_lost_process_error(error)
     if lost or (rank and not isinstance(error, Stopped)):
         try:
             time.sleep(15)  # the launcher sees the other one's end meanwhile, and ends this one

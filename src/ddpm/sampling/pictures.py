@@ -10,11 +10,11 @@ GRID_COLUMNS = 10
 STRIP_ROWS, STRIP_COLUMNS, GIF_FRAMES = 10, 11, 41
 
 
-def class_rows(images: Tensor, generator: Pipeline, classes: list[int]) -> Tensor:
+def class_rows(images: Tensor, pipeline: Pipeline, classes: list[int]) -> Tensor:
     """A sheet of the first of these images, uint8 [N, …], which are of these classes in turn."""
     columns = min(GRID_COLUMNS, len(images) // len(classes))
     rows = [images[i :: len(classes)][:columns] for i in range(len(classes))]
-    return sheet(torch.cat(rows), columns, [generator.classes[c] for c in classes])
+    return sheet(torch.cat(rows), columns, [pipeline.classes[c] for c in classes])
 
 
 def evenly_spaced(frames: list[Tensor], count: int) -> list[Tensor]:

@@ -39,7 +39,7 @@ class Pipeline:
         if self.label_dropout == 0 and (p.classes == "none" or p.guidance_scale != 1):
             raise UserError(f"{name} never trained without classes: sample.guidance_scale must be 1, and classes not none")
 
-    def walk(self, labels: Tensor, p: SampleParams, first: int = 0) -> Iterator[Tensor]:
+    def iter_samples(self, labels: Tensor, p: SampleParams, first: int = 0) -> Iterator[Tensor]:
         """Images `first`, `first + 1` … of `p.seed` for int64 labels [N]: [N, C, H, W] in [-1, 1] after every step."""
         noise = ImageNoise(p.seed, first, len(labels), self.image_shape, self.device)
         guidance = 1.0 if p.classes == "none" else p.guidance_scale  # towards no class is nowhere

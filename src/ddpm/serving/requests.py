@@ -58,23 +58,23 @@ def class_numbers(asked: list[str], classes: Sequence[str]) -> list[int]:
     return [numbers[text.strip().lower()] for text in asked]
 
 
-def respond(generator: Pipeline, sampling: SampleParams, request: Request) -> tuple[Tensor, list[str]]:
+def respond(pipeline: Pipeline, sampling: SampleParams, request: Request) -> tuple[Tensor, list[str]]:
     """Images uint8 [N, …] and the names of their classes. Raises UserError where the model can't do that."""
     changes: dict[str, Any] = request.model_dump(include={"seed", "steps", "guidance_scale"}, exclude_none=True)
     if request.classes:
-        changes["classes"] = class_numbers(request.classes, generator.classes)
-    if generator.label_dropout == 1:  # it knows no classes
+        changes["classes"] = class_numbers(request.classes, pipeline.classes)
+    if pipeline.label_dropout == 1:  # it knows no classes
         changes.setdefault("classes", "none")
-    elif generator.label_dropout == 0:  # it can't be guided
+    elif pipeline.label_dropout == 0:  # it can't be guided
         changes.setdefault("guidance_scale", 1.0)
     p = sampling.model_copy(update=changes)
-    generator.check(p)
+    pipeline.check(p)
     images, names = [], []
     with ONE_AT_A_TIME:
-        for first, labels in label_batches(generator.class_ids(p), request.count):
-            *_, x = generator.walk(labels, p, first)
+        for first, labels in label_batches(pipeline.class_ids(p), request.count):
+            *_, x = pipeline.iter_samples(labels, p, first)
             images.append(to_uint8(x).cpu())
-            names += [[*generator.classes, "none"][label] for label in labels]
+            names += [[*pipeline.classes, "none"][label] for label in labels]
     return torch.cat(images), names
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ddpm.errors import UserError
 from ddpm.files import sync
-from ddpm.runtime.distributed import by_a_lost_process
+from ddpm.runtime.distributed import is_lost_process_error
 from ddpm.runtime.run_folder import lock_folder
 from ddpm.tracking.connection import root_cause
 from ddpm.tracking.journal import Journal
@@ -184,7 +184,7 @@ def start_run(
         run.begin(required)
         yield run
     except BaseException as error:
-        run.finish("FAILED" if isinstance(error, Exception) and not by_a_lost_process(error) else "KILLED")
+        run.finish("FAILED" if isinstance(error, Exception) and not is_lost_process_error(error) else "KILLED")
         raise
     run.finish("FINISHED")
 

@@ -1,4 +1,4 @@
-"""The generator as a model of MLflow's registry: run by MLflow where the model is loaded (models from code)."""
+"""The pipeline as a model of MLflow's registry: run by MLflow where the model is loaded (models from code)."""
 
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from ddpm.serving.requests import Request, encoded, respond
 
 class GarmentGenerator(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
-        self.generator = Pipeline(Path(context.artifacts["checkpoint"]), select_device("auto"))
+        self.pipeline = Pipeline(Path(context.artifacts["checkpoint"]), select_device("auto"))
         self.sampling = SampleParams.model_validate(context.model_config)
 
     def predict(self, model_input: list[Request]) -> list[list[dict[str, str]]]:
         try:
-            return [encoded(*respond(self.generator, self.sampling, request)) for request in model_input]
+            return [encoded(*respond(self.pipeline, self.sampling, request)) for request in model_input]
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
 

@@ -57,7 +57,7 @@ def train(
     gradient isn't finite (before a state is saved) and Stopped on SIGTERM or Ctrl-C.
     """
     try:
-        p.check(group.size, accumulate)  # the user's torchrun may have started more than params.yaml knows of
+        p.check(group.world_size, accumulate)  # the user's torchrun may have started more than params.yaml knows of
     except ValueError as error:
         raise UserError(f"params.yaml: {error}") from None
     torch.manual_seed(p.seed)  # initial weights
@@ -69,7 +69,7 @@ def train(
     ema_parameters = list(ema.parameters())
     start, train_curve, validation_curve = 0, [], []
 
-    if state := group.from_first(load_state(states) if group.first else None):
+    if state := group.broadcast(load_state(states) if group.is_main else None):
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         for optimizer, content in zip(optimizers, state["optimizers"], strict=True):
@@ -78,22 +78,23 @@ def train(
 
     network = group.wrap(model)
     if compile_model:
-        network = compiled(network, graphs=group.size == 1 and accumulate == 1, images=p.steps * p.batch_size, device=device)
+        graphs = group.world_size == 1 and accumulate == 1
+        network = compiled(network, graphs, p.steps * p.batch_size, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(p, device))
     losses, norms = torch.zeros(WINDOW, device=device), torch.zeros(WINDOW, device=device)
     saved_at = time.monotonic()
 
     def drawn_for(step: int) -> list[Tensor]:
-        drawn = [group.share(x) for x in draw(p, step, len(data.images), data.image_shape, diffusion)]
+        drawn = [group.shard(x) for x in draw(p, step, len(data.images), data.image_shape, diffusion)]
         return [x.pin_memory() for x in drawn] if device.type == "cuda" else drawn  # then the copy doesn't wait for the device
 
     with (
         stop_signals() as stop,
-        tqdm(total=p.steps, initial=start, unit="step", desc="train", dynamic_ncols=True, disable=not group.first) as bar,
+        tqdm(total=p.steps, initial=start, unit="step", desc="train", dynamic_ncols=True, disable=not group.is_main) as bar,
         ThreadPoolExecutor(1) as ahead,  # draws while a GPU is given its work, which takes the host about as long
     ):
         upcoming = ahead.submit(drawn_for, start)
-        if start == 0 and group.first:
+        if start == 0 and group.is_main:
             report(p, 0, ema, diffusion, data, validation_curve, log)
         window_began = time.monotonic()
         for step in range(start, p.steps):
@@ -108,12 +109,12 @@ def train(
                 torch.manual_seed(seeded_rng(p.seed, f"dropout {group.rank}" if group.rank else "dropout", step).initial_seed())
             loss = torch.zeros((), device=device)
             for part in range(accumulate):
-                batch, t, eps, dropped = (Group(part, accumulate).share(x) for x in drawn)
-                with nullcontext() if group.size == 1 or part == accumulate - 1 else network.no_sync():
+                batch, t, eps, dropped = (Group(part, accumulate).shard(x) for x in drawn)
+                with nullcontext() if group.world_size == 1 or part == accumulate - 1 else network.no_sync():
                     with autocast:
                         x0, labels = to_model_range(data.images[batch].to(device)), data.labels[batch].to(device)
                         mean = batch_loss(network, diffusion, x0, labels.masked_fill(dropped, model.null_class), t, eps)
-                    share = mean * (len(batch) * group.size / p.batch_size)  # averaged over the processes: of the whole batch
+                    share = mean * (len(batch) * group.world_size / p.batch_size)  # the processes' mean is the batch's
                     share.backward()
                 loss += share.detach()
             norm = torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP)
@@ -127,13 +128,13 @@ def train(
             if done % WINDOW and done < p.steps:
                 continue
             steps = range(step // WINDOW * WINDOW, done)
-            shared = group.average(torch.cat([losses, losses.new_tensor([len(stop)])]))
+            shared = group.all_reduce_mean(torch.cat([losses, losses.new_tensor([len(stop)])]))
             losses, stopping = shared[:-1], shared[-1].item() > 0
             window, window_norms = losses[: len(steps)].tolist(), norms[: len(steps)].tolist()
             for s, value in zip(steps, map(sum, zip(window, window_norms, strict=True)), strict=True):
                 if not math.isfinite(value):
                     raise not_finite(p, s)
-            if not group.first:
+            if not group.is_main:
                 if stopping:
                     raise Stopped(signal.SIGTERM)
                 continue
@@ -150,7 +151,7 @@ def train(
 
             if done // p.report_every > steps.start // p.report_every or done == p.steps:
                 report(p, done, ema, diffusion, data, validation_curve, log)
-            stopping = stopping or (group.size == 1 and bool(stop))  # several stop together, at the next look
+            stopping = stopping or (group.world_size == 1 and bool(stop))  # several stop together, at the next look
             if stopping or time.monotonic() - saved_at > STATE_SECONDS:
                 log.sync()  # or the state could be ahead of what is known of the steps before it
                 save_state(

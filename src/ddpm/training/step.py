@@ -61,4 +61,4 @@ def batch_loss(network: nn.Module, diffusion: Diffusion, x0: Tensor, labels: Ten
     """The loss of a step on images float [B, C, H, W] and classes int64 [B], with timesteps and noise as `draw` gives them."""
     x_t = diffusion.q_sample(x0, t, eps).contiguous(memory_format=torch.channels_last)
     output = network(x_t, t, labels)
-    return diffusion.errors(output, x0, t, eps).mean() * diffusion.mean_weight
+    return diffusion.squared_error(output, x0, t, eps).mean() * diffusion.mean_weight

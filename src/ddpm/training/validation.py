@@ -56,7 +56,7 @@ def validate(p: TrainParams, model: UNet, diffusion: Diffusion, data: Dataset) -
         labels = data.test_labels[rows].to(device)
         labels = torch.full_like(labels, model.null_class) if unlabelled else labels
         noise = eps[rows].to(device)
-        losses.append(diffusion.losses(model(diffusion.q_sample(x0, times, noise), times, labels), x0, times, noise).cpu())
+        losses.append(diffusion.weighted_loss(model(diffusion.q_sample(x0, times, noise), times, labels), x0, times, noise).cpu())
     losses, bucket = torch.cat(losses), t * BUCKETS // diffusion.timesteps
     by_bucket = {f"loss_quarter{b + 1}": losses[bucket == b].mean().item() for b in range(BUCKETS)}
     return {"loss": losses.mean().item(), **by_bucket}
