@@ -22,9 +22,10 @@ repro: $(VENV)/.runtime  ## download, train, sample and evaluate, as far as some
 test: $(VENV)/.dev  ## all tests
 	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 4
 
-lint: $(VENV)/.dev  ## style and mistakes
+lint: $(VENV)/.dev  ## style, mistakes and types
 	ruff check .
 	ruff format --check .
+	mypy
 
 bench: $(VENV)/.dev  ## this project beside its peers, in a quarter of an hour (after the default run)
 	dvc repro --quiet
