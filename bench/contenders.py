@@ -27,7 +27,9 @@ from ddpm.diffusion.samplers import iter_samples  # noqa: E402
 from ddpm.diffusion.unet import UNet  # noqa: E402
 from ddpm.params import TrainParams  # noqa: E402
 from ddpm.params_file import load_params  # noqa: E402
-from ddpm.training import optim, step  # noqa: E402
+from ddpm.training.batches import draw  # noqa: E402
+from ddpm.training.optim import make_optimizers  # noqa: E402
+from ddpm.training.step import batch_loss  # noqa: E402
 
 NULL_CLASS = len(CLASSES)
 LABEL_DROPOUT, GUIDANCE = 0.1, 1.75
@@ -60,7 +62,9 @@ class Contender(ABC):
         """Images [N, 1, 28, 28] in -1 … 1 of the averaged model, with that many network evaluations an image."""
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        optim.set_learning_rate(self.optimizers, self.learning_rate * min(1, (self.steps + 1) / WARMUP))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate * min(1, (self.steps + 1) / WARMUP)
         self.model.zero_grad()
         with self.autocast:
             loss = self.loss(images, labels)
@@ -107,7 +111,7 @@ class Ours(Contender):
             self.name += ", without classes"
         torch.manual_seed(self.p.seed)
         self.model = UNet(**self.p.model.model_dump()).to(memory_format=torch.channels_last)
-        self.optimizers = optim.make_optimizers(self.p, self.model)
+        self.optimizers = make_optimizers(self.p, self.model)
         self.diffusion = Diffusion(**self.p.diffusion.model_dump())
 
     def start(self, device: torch.device, bfloat16: bool = False) -> None:
@@ -116,8 +120,8 @@ class Ours(Contender):
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         p = self.p.model_copy(update={"batch_size": len(images)})
-        _, t, eps, dropped = (x.to(self.device) for x in step.draw(p, self.steps, 1, SHAPE, self.diffusion))
-        return step.batch_loss(self.model, self.diffusion, images, labels.masked_fill(dropped, NULL_CLASS), t, eps)
+        _, t, eps, dropped = (x.to(self.device) for x in draw(p, self.steps, 1, SHAPE, self.diffusion))
+        return batch_loss(self.model, self.diffusion, images, labels.masked_fill(dropped, NULL_CLASS), t, eps)
 
     def sample(self, labels: Tensor, evaluations: int) -> Tensor:
         guidance, steps = (GUIDANCE, evaluations // 2) if self.conditional else (1.0, evaluations)

@@ -31,8 +31,9 @@ from ddpm.data.fashion_mnist import load_split
 from ddpm.data.pixels import to_model_range
 from ddpm.errors import UserError
 from ddpm.files import file_sha256
+from ddpm.params import FASHION_MNIST
 from ddpm.params_file import load_params
-from ddpm.paths import RAW
+from ddpm.paths import raw_folder
 from ddpm.runtime.cli import clean_errors
 from ddpm.runtime.device import can_compile, select_device
 from ddpm.training import loop, step
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     device = select_device(options.device)
-    data = Dataset(*(x.to(device) for split in ("train", "test") for x in load_split(ROOT / RAW, split)))
+    data = Dataset(*(x.to(device) for split in ("train", "test") for x in load_split(ROOT / raw_folder(FASHION_MNIST), split)))
     result = kept("gpu") or {}
     for name in options.parts or PARTS:
         torch.compiler.reset()  # or its kernels are for any batch size, once it has seen two: slow, and one crashed
@@ -115,13 +116,14 @@ def memory_rate(device: torch.device) -> float:
 
 
 def own_rate(device: torch.device, data: Dataset, batch: int = BATCH, fused: bool = True, compile_model: bool = True) -> float:
-    """Images/s as `training.train` itself reports them, the median of its windows once it is warm."""
+    """Images/s as the training loop itself reports them, the median of its windows once it is warm."""
     settings = {"batch_size": batch, "steps": STEPS, "report_every": STEPS, "precision": "bfloat16"}
     p = load_params(ROOT / "params.yaml").train.model_copy(update=settings)
     worth, step.WORTH_FUSING = step.WORTH_FUSING, 0 if fused else math.inf
     try:
         with tempfile.TemporaryDirectory() as folder:
-            loop.train(p, data, device, Path(folder), log := Rates(), compile_model=compile_model and can_compile(device))
+            execution = step.Execution(device, compile_model and can_compile(device))
+            loop.train(p, data, Path(folder), log := Rates(), execution)
     finally:
         step.WORTH_FUSING = worth
     return statistics.median(log[len(log) // 3 :])

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from contenders import ROOT, SAMPLE_SEED, guard
 from ddpm import paths
-from ddpm.data.archive import read_samples
 from ddpm.data.pixels import to_model_range
+from ddpm.data.samples_file import read_samples
 from ddpm.evaluation.classifier import Classifier, load_classifier
 from ddpm.evaluation.features import extract, extract_cached
 from ddpm.files import file_sha256
@@ -164,8 +164,9 @@ def first_samples(path: Path, model: Path, count: int) -> tuple[Tensor, Tensor] 
     """The first of the samples in a file, and their classes; None where it has fewer, or another model's, or isn't there."""
     if not path.exists():
         return None
-    images, labels, checkpoint = read_samples(path)
-    return (images[:count], labels[:count]) if len(images) >= count and checkpoint == file_sha256(model) else None
+    samples = read_samples(path)
+    is_whole = len(samples.images) >= count and samples.checkpoint_sha256 == file_sha256(model)
+    return (samples.images[:count], samples.labels[:count]) if is_whole else None
 
 
 def evaluator() -> Classifier:

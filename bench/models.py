@@ -24,7 +24,7 @@ def table_of_metrics(cards: dict[str, dict]) -> str:
 
 def report(result: dict) -> str:
     made = [f"{preset}: {c['device']}, PyTorch {c['versions']['torch']}, {c['date']}" for preset, c in result.items()]
-    how = "Made by `python bench/publish.py make OUT`, with `--preset` where it is named."
+    how = "Made by `python release/publish.py make OUT`, with `--preset` where it is named."
     return f"{table_of_metrics(result)}\n\n{how} {'; '.join(made)}."
 
 

@@ -27,9 +27,8 @@ def run(full: bool) -> dict:
     fid = judge(images)
     contenders: list[Contender] = [Ours(), Ours(conditional=False), *(peer() for peer in PEERS)]
     on = machine()
-    here = Path(__file__).parent
-    code = [here / f"{name}.py" for name in ("quality", "contenders", "measure")] + sorted((ROOT / "src/ddpm").glob("*.py"))
-    of = fingerprint({"full": full, "processor": on["processor"], **on["versions"]}, [*code, ROOT / "params.yaml"])
+    settings = {"full": full, "processor": on["processor"], **on["versions"]}
+    of = fingerprint(settings, [*code_files(), ROOT / "params.yaml"])
     states = ROOT / f".cache/quality-{of}"
     turns = {}
     for c in contenders:
@@ -55,6 +54,12 @@ def run(full: bool) -> dict:
     rows = {c.name: {"fid": turns[c.name]["fid"], "images_seen": c.steps * BATCH, "classes": c.conditional} for c in contenders}
     minutes = round(sum(turn["seconds"] for turn in turns.values()) / 60, 1)
     return {"samples": count, "evaluations": EVALUATIONS, "batch": BATCH, "rows": rows, "minutes": minutes}
+
+
+def code_files() -> list[Path]:
+    """The code that decides the result: this comparison, the contenders, and all of the library."""
+    here = Path(__file__).parent
+    return [here / f"{name}.py" for name in ("quality", "contenders", "measure")] + sorted((ROOT / "src/ddpm").rglob("*.py"))
 
 
 def save(c: Contender, turn: dict, folder: Path) -> None:

@@ -22,16 +22,17 @@ from pathlib import Path
 
 import torch
 
-from ddpm.data.dataset import load_dataset as load_data
+from ddpm.data.dataset import load_dataset
 from ddpm.runtime.distributed import joined
 from ddpm.params_file import load_params
 from ddpm.training.loop import train
+from ddpm.training.step import Execution
 from measure import Rates
 
 p = load_params().train.model_copy(update={"steps": int(sys.argv[1]), "report_every": 10**6})
 with joined(torch.device("cpu")) as group, tempfile.TemporaryDirectory() as folder:
-    data = load_data("FashionMNIST")
-    train(p, data, torch.device("cpu"), Path(folder), rates := Rates(), False, group)
+    data = load_dataset("FashionMNIST")
+    train(p, data, Path(folder), rates := Rates(), Execution(torch.device("cpu"), group=group))
     if group.is_main:
         Path(sys.argv[2]).write_text(json.dumps(rates[2:]))
 """

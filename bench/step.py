@@ -15,7 +15,10 @@ from ddpm.diffusion.unet import UNet
 from ddpm.params import TrainParams
 from ddpm.params_file import load_params
 from ddpm.tracking.run import start_run
-from ddpm.training import loop, optim
+from ddpm.training.batches import draw
+from ddpm.training.optim import ema_decay, make_optimizers
+from ddpm.training.step import GRAD_CLIP, batch_loss
+from ddpm.training.window import WINDOW
 from measure import table
 
 PARTS = ("data", "forward", "backward", "clipping and optimiser", "average of the weights")
@@ -35,24 +38,24 @@ def breakdown(p: TrainParams, steps: int) -> dict[str, float]:
     model = UNet(**p.model.model_dump()).to(memory_format=torch.channels_last)
     average = [w.detach().clone() for w in model.parameters()]
     diffusion = Diffusion(**p.diffusion.model_dump())
-    optimizers, weights = optim.make_optimizers(p, model), list(model.parameters())
+    optimizers, weights = make_optimizers(p, model), list(model.parameters())
     taken: dict[str, list[float]] = {part: [] for part in PARTS}
     for step in range(steps + 5):
         clock = [time.perf_counter()]
-        batch, t, eps, dropped = step.draw(p, step, len(images), SHAPE, diffusion)
+        batch, t, eps, dropped = draw(p, step, len(images), SHAPE, diffusion)
         x0, y = to_model_range(images[batch]), labels[batch].masked_fill(dropped, NULL_CLASS)
         clock.append(time.perf_counter())
         model.zero_grad()
-        loss = step.batch_loss(model, diffusion, x0, y, t, eps)
+        loss = batch_loss(model, diffusion, x0, y, t, eps)
         clock.append(time.perf_counter())
         loss.backward()
         clock.append(time.perf_counter())
-        torch.nn.utils.clip_grad_norm_(weights, loop.GRAD_CLIP)
+        torch.nn.utils.clip_grad_norm_(weights, GRAD_CLIP)
         for optimizer in optimizers:
             optimizer.step()
         clock.append(time.perf_counter())
         with torch.no_grad():
-            torch._foreach_lerp_(average, weights, 1 - optim.ema_decay(p, step))
+            torch._foreach_lerp_(average, weights, 1 - ema_decay(p, step))
         clock.append(time.perf_counter())
         if step >= 5:  # warm by then
             for part, began, ended in zip(PARTS, clock, clock[1:], strict=False):
@@ -70,7 +73,7 @@ def logging_cost(steps: int, pace: float) -> float:
         began = time.process_time()
         for step in range(1, steps + 1):
             run.metrics(step, {"train/loss": 0.1})
-            if step % loop.WINDOW == 0:
+            if step % WINDOW == 0:
                 run.metrics(step, {f"train/{name}": 0.1 for name in ("learning_rate", "grad_norm", "images_per_second")})
             time.sleep(pace)
         return (time.process_time() - began) / steps

@@ -4,8 +4,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from clones import edit_params, plain_clone, timed
 from contenders import ROOT
-from crash import edit_params, plain_clone, timed
 from ddpm.params_file import load_params
 from ddpm.paths import MODEL
 from measure import table

@@ -1,7 +1,7 @@
-"""`make compare`: experiments side by side, the best first, and the MLflow runs that judged them.
+"""`make compare`: a table of the experiments, the best first, with the MLflow runs that evaluated them.
 
-`python src/compare.py few-steps` takes the name of an experiment, or the name or id of the MLflow run that evaluated one, and
-says where both are.
+`python src/compare.py few-steps` prints where to find one experiment and its evaluation. It takes the name of the experiment, or
+the name or id of the MLflow run.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import math
 import shutil
 import sys
 from collections import Counter
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -21,7 +22,8 @@ from ddpm.runtime.cli import clean_errors
 from ddpm.tracking.connection import run_address, tracking_uri
 from ddpm.tracking.provenance import setting
 
-COLUMNS = {  # heading, metric, digits
+FLOORS = "× floor"  # FID as a multiple of what real images score
+COLUMNS = {  # heading: metric, digits
     "fid": ("fid", 3),
     "kid": ("kid", 5),
     "prec.": ("precision", 3),
@@ -29,14 +31,15 @@ COLUMNS = {  # heading, metric, digits
     "train": ("train_loss", 4),
     "val.": ("val_loss", 4),
 }
-SAMPLES = "output/samples.npz"
-WIDTH = 100  # of the table, and of what is no terminal
-SPARED = ("kid", "train", "val.", "prec.", "recall", "× floor")  # where the terminal is narrower, in this order
+WIDTH = 100  # characters of the whole table
+COLUMN_WIDTH = 7
+HIDDEN_FIRST = ("kid", "train", "val.", "prec.", "recall", FLOORS)  # on narrower terminals, in this order
+MOST_CHANGES = 3  # changed parameters in a row, and one more if that is the last
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("name", nargs="?", help="of an experiment or an MLflow run")
+    parser.add_argument("name", nargs="?", help="of an experiment, or of the MLflow run that evaluated it")
     name = parser.parse_args().name
     found, runs = experiments_and_runs()
     if name:
@@ -46,50 +49,63 @@ def main() -> None:
         Console(width=width, markup=False, emoji=False).print(table(found, runs, width))
 
 
-def table(found: list[Experiment], runs: dict, width: int) -> Table:
-    hidden = SPARED[: max(0, math.ceil((WIDTH - width) / 7))]
-    shown = [heading for heading in ("× floor", *COLUMNS) if heading not in hidden]
+def table(found: list[Experiment], runs: dict[str, Any], width: int) -> Table:
+    """One row per experiment, in at most `width` characters if possible. The best experiment has a star."""
+    hidden = HIDDEN_FIRST[: max(0, math.ceil((WIDTH - width) / COLUMN_WIDTH))]
+    headings = [heading for heading in (FLOORS, *COLUMNS) if heading not in hidden]
     result = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     result.add_column("experiment", overflow="fold")
     result.add_column("changed", overflow="fold", min_width=18)
-    for heading in shown:
+    for heading in headings:
         result.add_column(heading, justify="right", no_wrap=True)
     result.add_column("MLflow run", overflow="fold", min_width=12)
     best = found[0] if "fid" in found[0].metrics else None
     for e in found:
-        figures = {key: f"{e.metrics[name]:.{digits}f}" for key, (name, digits) in COLUMNS.items() if name in e.metrics}
-        if {"fid", "fid_floor"} <= e.metrics.keys():
-            figures["× floor"] = f"{e.metrics['fid'] / e.metrics['fid_floor']:.0f}"
-        run = runs.get(e.samples)
+        run, texts = runs.get(e.samples_md5 or ""), figures(e)
         result.add_row(
             f"★ {e.name}" if e is best else e.name,
-            "\n".join([*shortened(e), *([e.state] if e.state else [])]),
-            *(figures.get(heading, "") for heading in shown),
+            "\n".join([*changes(e), *([e.state] if e.state else [])]),
+            *(texts.get(heading, "") for heading in headings),
             run_label(run) if run else "",
             style="bold green" if e is best else None,
         )
     return result
 
 
-def shortened(e: Experiment, most: int = 3) -> list[str]:
-    """The changes, without their section where the last part of the name is enough."""
+def figures(e: Experiment) -> dict[str, str]:
+    """The metrics of an experiment as text, by heading."""
+    texts = {heading: f"{e.metrics[name]:.{digits}f}" for heading, (name, digits) in COLUMNS.items() if name in e.metrics}
+    if {"fid", "fid_floor"} <= e.metrics.keys():
+        texts[FLOORS] = f"{e.metrics['fid'] / e.metrics['fid_floor']:.0f}"
+    return texts
+
+
+def changes(e: Experiment) -> list[str]:
+    """The changed parameters, one per line. The section is left out if the rest of the name is unique."""
     leaves = Counter(name.rpartition(".")[2] for name in e.params)
     names = {name: leaf if leaves[leaf := name.rpartition(".")[2]] == 1 else name for name in e.changes}
     lines = [setting(names[name], value) for name, value in e.changes.items()]
-    return lines if len(lines) <= most + 1 else [*lines[:most], f"and {len(lines) - most} more"]
+    if len(lines) <= MOST_CHANGES + 1:
+        return lines
+    return [*lines[:MOST_CHANGES], f"and {len(lines) - MOST_CHANGES} more"]
 
 
-def links(name: str, found: list[Experiment], runs: dict) -> str:
-    """Both ends of the thread that `name` is one end of: DVC's experiment, and the MLflow run that judged it."""
+def links(name: str, found: list[Experiment], runs: dict[str, Any]) -> str:
+    """Two lines: how to get the experiment called `name` into the workspace, and the address of the run that evaluated it.
+
+    `name` may be that of the run, too. Raises UserError if nothing that is finished is called so.
+    """
     for e in (e for e in found if "fid" in e.metrics):
-        run = runs.get(e.samples)
-        runs_names = (run.info.run_name, run_label(run), run.info.run_id) if run else ()
-        if name in (e.name, e.revision[:7], e.revision, *runs_names):
-            take = f"`dvc exp apply {e.name}`" if e.base else f"`git checkout {e.name}`"
-            page = run_address(tracking_uri(project_root()), run) if run else "its evaluation is in no run of this store"
-            where = "is at hand, as no commit has it" if e.revision == WORKSPACE else take
+        run = runs.get(e.samples_md5 or "")
+        names_of_run = (run.info.run_name, run_label(run), run.info.run_id) if run else ()
+        if name in (e.name, e.revision[:7], e.revision, *names_of_run):
+            if e.revision == WORKSPACE:
+                where = "uncommitted results in your workspace"
+            else:
+                where = f"`dvc exp apply {e.name}`" if e.base else f"`git checkout {e.name}`"
+            page = run_address(tracking_uri(project_root()), run) if run else "no run in this store evaluated it"
             return f"{e.name}: {where}\n{run.info.run_name if run else 'MLflow'}: {page}"
-    raise UserError(f"no finished experiment or evaluation is called {name}; `make compare` shows those that are")
+    raise UserError(f"no finished experiment or evaluation is called {name}; `make compare` lists them")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""`make report`: experiments side by side on one page that needs no network, output/report.html.
+"""`make report`: compare experiments on one page that needs no network, output/report.html.
 
-`python src/report.py few-steps sigmoid` chooses them by the names that `make compare` shows; otherwise it takes the best four.
+`python src/report.py few-steps sigmoid` takes the experiments of these names, which `make compare` lists; without names it takes
+the best four.
 """
 
 import argparse
@@ -22,56 +23,57 @@ from matplotlib.ticker import EngFormatter, NullFormatter
 from ddpm.errors import UserError
 from ddpm.experiments import WORKSPACE, Experiment, experiments_and_runs
 from ddpm.files import write_atomic
-from ddpm.paths import project_root
+from ddpm.paths import ANIMATION, GRID, NEIGHBOURS, OUTPUT, PIPELINE, PLOTS, STRIP, project_root
 from ddpm.runtime.cli import clean_errors
 from ddpm.tracking.connection import run_address, tracking_uri
 
-PAGE = Path("output/report.html")
-MOST = 4
-METRICS = {  # what it says, and whether less is better; floors and real images' figures stand beside them
+PAGE = OUTPUT / "report.html"
+MOST = 4  # experiments, unless they are named
+NEAREST = "distance to the nearest training image, divided by the same for test images; far below 1 means copies"
+METRICS: dict[str, tuple[str, bool | None]] = {  # what it means, and whether lower is better; None: neither
     "fid": ("distance to the training images", True),
     "fid_test": ("distance to the test images", True),
     "kid": ("kernel distance to the training images", True),
-    "precision": ("samples that look real", False),
-    "recall": ("real images that the samples reach", False),
-    "density": ("how deep among real images samples lie", False),
-    "coverage": ("real images with a sample near by", False),
-    "class_accuracy": ("samples recognised as the class asked for", False),
-    "nearest_neighbour_ratio": ("distance to the nearest training image, over a test image's: well under 1 means copies", None),
+    "precision": ("share of samples that look real", False),
+    "recall": ("share of real images that are like samples", False),
+    "density": ("how densely real images surround the samples", False),
+    "coverage": ("share of real images with a sample close to them", False),
+    "class_accuracy": ("share of samples recognised as the class asked for", False),
+    "nearest_neighbour_ratio": (NEAREST, None),
     "val_loss": ("validation loss", None),
-    "parameters": ("weights of the model", None),
+    "parameters": ("number of the model's weights", None),
 }
 PICTURES = {
-    "output/generated_samples.png": "Samples, a row a class",
-    "output/denoising.gif": "Noise becoming garments",
-    "output/denoising.png": "The same, step by step",
-    "output/nearest_neighbours.png": "The samples closest to a training image, beside it",
+    GRID.as_posix(): "Samples, one row per class",
+    ANIMATION.as_posix(): "Noise becoming garments",
+    STRIP.as_posix(): "The same, step by step",
+    NEIGHBOURS.as_posix(): "The samples closest to a training image, next to it",
 }
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's: told apart by every eye
-GREY = "#7d8590"  # of axes and text: readable on white and on black
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, for colour-blind readers, too
+GREY = "#7d8590"  # of axes and text; readable on white and on black
 
 
 @dataclass
 class Column:
-    """An experiment as the page shows it."""
+    """What the page shows of one experiment, in a column of its tables."""
 
     experiment: Experiment
     colour: str
-    pictures: dict[str, str]  # as data: addresses
-    curves: dict[str, dict[str, list[float]]]
-    run: str = ""  # of MLflow
-    address: str = ""
+    pictures: dict[str, str]  # data: URLs, by path
+    curves: dict[str, dict[str, list[float]]]  # "train" and "validation": the columns of these tables, by name
+    run: str = ""  # name of the MLflow run that evaluated it
+    address: str = ""  # of that run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("names", nargs="*", help="as `make compare` shows them")
+    parser.add_argument("names", nargs="*", help="of experiments, as `make compare` lists them (default: the best four)")
     names = parser.parse_args().names
     found, runs = experiments_and_runs()
     uri, columns = tracking_uri(project_root()), []
     for e, colour in zip(chosen(names, found), cycle(COLOURS), strict=False):
         column = Column(e, colour, pictures(e.revision), curves(e.revision))
-        if run := runs.get(e.samples):
+        if run := runs.get(e.samples_md5 or ""):
             column.run, column.address = run.info.run_name, run_address(uri, run)
         columns.append(column)
     write_atomic(PAGE, page(columns).encode())
@@ -79,16 +81,18 @@ def main() -> None:
 
 
 def chosen(names: list[str], found: list[Experiment]) -> list[Experiment]:
-    judged = [e for e in found if "fid" in e.metrics]
-    known = {key: e for e in judged for key in (e.revision, e.revision[:7], e.name)}
+    """The experiments of these names, or the best. Raises UserError if one isn't found, or none is finished."""
+    finished = [e for e in found if "fid" in e.metrics]
+    known = {key: e for e in finished for key in (e.revision, e.revision[:7], e.name)}
     if missing := [name for name in names if name not in known]:
-        raise UserError(f"no finished experiment is called {missing[0]}; `make compare` shows those that are")
-    if not judged:
-        raise UserError("there is nothing to show yet: `dvc repro` makes the first figures")
-    return [known[name] for name in dict.fromkeys(names)] or judged[:MOST]
+        raise UserError(f"no finished experiment is called {missing[0]}; `make compare` lists them")
+    if not finished:
+        raise UserError("there is nothing to show yet; `dvc repro` computes the first metrics")
+    return [known[name] for name in dict.fromkeys(names)] or finished[:MOST]
 
 
 def pictures(revision: str) -> dict[str, str]:
+    """The pictures of a revision as data: URLs, by path."""
     contents = {path: read(path, revision) for path in PICTURES}
     return {
         path: f"data:image/{Path(path).suffix[1:]};base64,{base64.b64encode(content).decode()}"
@@ -98,10 +102,10 @@ def pictures(revision: str) -> dict[str, str]:
 
 
 def curves(revision: str) -> dict[str, dict[str, list[float]]]:
-    """The columns of the two tables of losses."""
+    """The columns of its tables of losses, by "train" and "validation"."""
     found = {}
     for name in ("train", "validation"):
-        if content := read(f"output/plots/{name}.tsv", revision):
+        if content := read(f"{PLOTS.as_posix()}/{name}.tsv", revision):
             reader = csv.DictReader(io.StringIO(content.decode()), delimiter="\t")
             rows = list(reader)
             found[name] = {key: [float(row[key]) for row in rows] for key in reader.fieldnames or ()}
@@ -109,7 +113,7 @@ def curves(revision: str) -> dict[str, dict[str, list[float]]]:
 
 
 def read(path: str, revision: str) -> bytes | None:
-    """The file as it was there; None where neither git nor DVC's cache has it."""
+    """A file of a revision; None if neither git nor DVC's cache has it."""
     try:
         return dvc.api.read(path, rev=None if revision == WORKSPACE else revision, mode="rb")
     except (DvcException, OSError):
@@ -117,7 +121,8 @@ def read(path: str, revision: str) -> bytes | None:
 
 
 def page(columns: list[Column]) -> str:
-    counts = {c.experiment.params.get("sample.count") for c in columns}
+    """The HTML page."""
+    comparable = len({c.experiment.params.get("sample.count") for c in columns}) == 1
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -129,64 +134,65 @@ def page(columns: list[Column]) -> str:
         columns=columns,
         stages=stages(),
         params=differing([c.experiment.params for c in columns]),
-        metrics=metric_rows([c.experiment.metrics for c in columns], len(counts) == 1),
-        comparable=len(counts) == 1,
+        metrics=metric_rows([c.experiment.metrics for c in columns], comparable),
+        comparable=comparable,
         charts=charts(columns),
         pictures=PICTURES,
     )
 
 
 def stages() -> dict[str, str]:
-    """What each stage makes, by dvc.yaml."""
+    """What each stage makes, as dvc.yaml describes it."""
     try:
-        return {name: stage["desc"] for name, stage in yaml.safe_load(Path("dvc.yaml").read_text())["stages"].items()}
+        return {name: stage["desc"] for name, stage in yaml.safe_load(PIPELINE.read_text())["stages"].items()}
     except (OSError, KeyError, TypeError, yaml.YAMLError):
-        raise UserError("dvc.yaml: not here, or its stages can't be read; run from the repository's root") from None
+        raise UserError(f"{PIPELINE}: missing here, or not readable; run from the repository's root") from None
 
 
 def differing(params: list[dict]) -> dict[str, list]:
-    """The parameters that are not the same everywhere, with each one's values."""
+    """The parameters whose values differ between experiments, with the value of each experiment."""
     names = dict.fromkeys(name for p in params for name in p)
     rows = {name: [p.get(name) for p in params] for name in names if not name.startswith("runtime.")}
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
 
 
 def metric_rows(metrics: list[dict], comparable: bool) -> list[dict]:
-    """A row a metric: its values as text, and if all have as many samples which is best, and what real images score."""
+    """One row per metric: the values as text. If they are `comparable`, also which is the best, and what real images score."""
     rows = []
-    for name, (meaning, less) in METRICS.items():
+    for name, (meaning, lower_is_better) in METRICS.items():
         values = [m.get(name) for m in metrics]
         known = [value for value in values if value is not None]
         if not known:
             continue
-        best = (min if less else max)(known) if comparable and less is not None and len(set(known)) > 1 else None
+        ranked = comparable and lower_is_better is not None and len(set(known)) > 1
+        best = (min if lower_is_better else max)(known) if ranked else None
         reals = [m[f"{name}{end}"] for m in metrics for end in ("_floor", "_real") if f"{name}{end}" in m]
         real = reals[0] if reals and comparable else None
         rows.append(
             {
                 "name": name,
                 "meaning": meaning,
-                "cells": [(figure(value), value is not None and value == best) for value in values],
-                "real": figure(real),
+                "cells": [(as_text(value), value is not None and value == best) for value in values],
+                "real": as_text(real),
             }
         )
     return rows
 
 
-def figure(value: float | None) -> str:
+def as_text(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.5f}" if abs(value) < 0.01 else f"{value:.4g}"
 
 
 def charts(columns: list[Column]) -> dict[str, str]:
-    """Inline SVG by title."""
-    drawn = {"FID, and what real images score (less is better)": fid_chart(columns)}
+    """The charts as inline SVG, by title."""
+    drawn = {"FID, and what real images score (lower is better)": fid_chart(columns)}
     needed = {"loss", "loss_quarter1", "loss_quarter4"}
     with_curves = [c for c in columns if len(c.curves) == 2 and c.curves["validation"].keys() >= needed]
     if with_curves:
-        drawn["Loss: training pale, validation dotted with its steps"] = loss_chart(with_curves)
-        drawn["Validation loss by quarter of the timesteps, from hardly any noise to nothing else"] = quarters_chart(with_curves)
+        drawn["Loss of training (pale) and of validation (with dots)"] = loss_chart(with_curves)
+        drawn["Validation loss by quarter of the timesteps, from hardly any noise to pure noise"] = quarters_chart(with_curves)
     return drawn
 
 
@@ -233,12 +239,12 @@ def quarters_chart(columns: list[Column]) -> str:
 
 
 def line_widths(columns: list[Column]) -> list[float]:
-    """Thick below, thin above: experiments that share a model have the same curves, and all are to be seen."""
+    """From thick to thin, so that all curves can be seen where they are the same: experiments may share a model."""
     return [1.5 + 1.5 * (len(columns) - 1 - i) for i in range(len(columns))]
 
 
 def svg(drawing: Figure) -> str:
-    """The figure as an element of a page, light or dark, whose text is text."""
+    """The figure as an <svg> element for a light or dark page, with text that can be selected."""
     for axes in drawing.axes:
         axes.set_facecolor("none")
         axes.spines[["top", "right"]].set_visible(False)
@@ -250,8 +256,8 @@ def svg(drawing: Figure) -> str:
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif"}):
         drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    markup = buffer.getvalue()
+    return markup[markup.index("<svg") :]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""`make serve`: a small HTTP server that draws garments, with MLflow's champion or, without one, the model at hand.
+"""`make serve`: a small HTTP server that draws garments with MLflow's champion.
 
-In a fresh clone, where nothing was trained, that is the one that comes along.
+Without a champion it takes the model in the workspace, and in a fresh clone the one that comes with the repository.
 
     curl -o bags.png 'http://127.0.0.1:8000/sheet?classes=Bag&count=8&seed=1'
     curl -H 'Content-Type: application/json' -d '{"classes": ["Bag", 7], "count": 4}' http://127.0.0.1:8000/images
 
-`python src/serve.py models/diffusion_model.pth --port 8001` serves that file elsewhere.
+`python src/serve.py models/diffusion_model.pth --port 8001` serves that file on another port.
 """
 
 import argparse
@@ -20,18 +20,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ddpm import paths
 from ddpm.errors import Stopped, UserError
 from ddpm.figures import png, sheet
-from ddpm.params import SampleParams
+from ddpm.params import Params, SampleParams
 from ddpm.params_file import explain, load_params
-from ddpm.paths import MODEL, project_root
+from ddpm.paths import MODEL, PRETRAINED, project_root
 from ddpm.runtime.cli import between, clean_errors
 from ddpm.runtime.device import select_device
 from ddpm.sampling.pipeline import Pipeline
-from ddpm.serving import pretrained
+from ddpm.serving.pretrained import pretrained_sampling
 from ddpm.serving.requests import Request, encoded, respond
-from ddpm.tracking import registry
+from ddpm.tracking.registry import champion
 
 HOST, PORT = "127.0.0.1", 8000
 COLUMNS = 10
@@ -39,53 +38,59 @@ COLUMNS = 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", nargs="?", type=Path, help=f"a file such as {MODEL}, instead of the champion")
+    parser.add_argument("model", nargs="?", type=Path, help=f"model checkpoint, such as {MODEL} (default: the champion)")
     parser.add_argument("--port", type=between(1, 65535), default=PORT)
     options = parser.parse_args()
     with socket.socket() as probe:
         if probe.connect_ex((HOST, options.port)) == 0:
             raise UserError(f"port {options.port} is taken; choose another: python src/serve.py --port {options.port + 1}")
     params = load_params()
-    checkpoint = options.model or (MODEL if MODEL.exists() else paths.PRETRAINED)
-    source, sampling = str(checkpoint), pretrained.pretrained_sampling() if checkpoint == paths.PRETRAINED else params.sample
-    if options.model is None and (champion := registry.champion(project_root())):
-        source, checkpoint, sampling = champion
+    name, checkpoint, sampling = chosen(options.model, params)
     pipeline = Pipeline(checkpoint, select_device(params.runtime.device, deterministic=params.runtime.deterministic))
-    app = application(pipeline, sampling, source)
-    told = f"{source}, at http://{HOST}:{options.port}; Ctrl-C ends it"
+    app = application(pipeline, sampling, name)
+    ready = f"{name}, at http://{HOST}:{options.port}; Ctrl-C stops it"
     with suppress(Stopped):
-        Server(uvicorn.Config(app, host=HOST, port=options.port, log_level="warning"), told).run()
+        Server(uvicorn.Config(app, host=HOST, port=options.port, log_level="warning"), ready).run()
+
+
+def chosen(file: Path | None, params: Params) -> tuple[str, Path, SampleParams]:
+    """The model to serve: its name, its checkpoint, and the sampling parameters that requests may omit."""
+    if file is None and (registered := champion(project_root())):
+        return registered
+    checkpoint = file or (MODEL if MODEL.exists() else PRETRAINED)
+    return str(checkpoint), checkpoint, pretrained_sampling() if checkpoint == PRETRAINED else params.sample
 
 
 class Server(uvicorn.Server):
-    """Prints `told` once it can be reached."""
+    """Prints the line `ready` once it answers requests."""
 
-    def __init__(self, config: uvicorn.Config, told: str):
+    def __init__(self, config: uvicorn.Config, ready: str):
         super().__init__(config)
-        self.told = told
+        self.ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        print(self.told, flush=True)
+        print(self.ready, flush=True)
 
 
-def application(pipeline: Pipeline, sampling: SampleParams, source: str) -> FastAPI:
-    app = FastAPI(title="Garments", docs_url=None, redoc_url=None)  # its pages would come from another server
+def application(pipeline: Pipeline, sampling: SampleParams, name: str) -> FastAPI:
+    """The addresses that the server answers. A request that can't be answered gets one line as `error`, with status 422."""
+    app = FastAPI(title="Garments", docs_url=None, redoc_url=None)  # these pages load scripts from a CDN
 
     @app.get("/")
     def about() -> dict:
-        about = {"model": source, "classes": pipeline.classes, "sampling": sampling.model_dump()}
+        about = {"model": name, "classes": pipeline.classes, "sampling": sampling.model_dump()}
         return about | {"request": Request.model_json_schema()}
 
     @app.get("/sheet")
     def get_sheet(request: Annotated[Request, Query()]) -> Response:
-        """One PNG, ten images a row."""
+        """One PNG, with ten images per row."""
         images, _ = respond(pipeline, sampling, request)
         return Response(png(sheet(images, min(COLUMNS, len(images)))), media_type="image/png")
 
     @app.post("/images")
     def post_images(request: Request) -> dict:
-        """Each image and its class."""
+        """Each image as a PNG, and its class."""
         return {"images": encoded(*respond(pipeline, sampling, request))}
 
     @app.exception_handler(RequestValidationError)

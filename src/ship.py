@@ -1,7 +1,7 @@
-"""`python src/ship.py FOLDER`: send MLflow the run that it could not take when it ran.
+"""`python src/ship.py FOLDER`: send MLflow a run that was kept because MLflow was unreachable.
 
-FOLDER, under `.resume/`, is what the run's warning named. `python src/ship.py models/pretrained/runs.zip` sends the runs of
-the model that comes with the repository, out of an archive of such folders. What MLflow has already it doesn't take twice.
+The warning that the run printed names FOLDER, which is in `.resume/`. `python src/ship.py models/pretrained/runs.zip` sends the
+runs of the model that comes with the repository, from an archive of such folders. What MLflow already has isn't stored twice.
 """
 
 import argparse
@@ -18,7 +18,9 @@ from ddpm.tracking.run import ship
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, help=".resume/…, as the run's warning said; or an archive of such folders")
+    parser.add_argument(
+        "folder", type=Path, help="the folder that the run's warning named, .resume/…; or a zip archive of such folders"
+    )
     path = parser.parse_args().folder.resolve()
     if not path.is_file():
         ship_folder(path)
@@ -28,15 +30,18 @@ def main() -> None:
             with zipfile.ZipFile(path) as archive:
                 archive.extractall(folder)
         except (OSError, EOFError, RuntimeError, ValueError, zlib.error, zipfile.BadZipFile):
-            raise UserError(f"{path}: no archive of runs, or damaged") from None
+            raise UserError(f"{path}: corrupt, or not a zip archive of runs") from None
         for run in sorted(Path(folder).iterdir()):
             ship_folder(run)
 
 
 def ship_folder(folder: Path) -> None:
+    """Send the run in a folder. Raises UserError if there is none, or if MLflow is unreachable."""
     if not (folder / "journal.jsonl").is_file():
-        raise UserError(f"{folder}: holds no journal.jsonl; it has been shipped, or is another folder than the warning named")
-    print(f"shipped to MLflow at {ship(folder, project_root())}")
+        raise UserError(
+            f"{folder}: contains no journal.jsonl; either it was already sent, or the run's warning named another folder"
+        )
+    print(f"sent to MLflow at {ship(folder, project_root())}")
 
 
 if __name__ == "__main__":

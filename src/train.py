@@ -1,7 +1,7 @@
 """Stage 2, `python src/train.py`: train the diffusion model that params.yaml describes.
 
 Writes models/diffusion_model.pth, output/metrics/train.json and output/plots/{train,validation}.tsv. An interrupted run
-goes on where its last saved state is when it is started again.
+resumes from its last saved state when it is started again.
 """
 
 import argparse
@@ -12,27 +12,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm.checkpoint import save_model
+from ddpm.checkpoint import save_checkpoint
 from ddpm.data.dataset import Dataset, dataset_sha256, load_dataset
 from ddpm.diffusion.schedule import terminal_warning
 from ddpm.figures import png, sheet
 from ddpm.files import file_sha256, write_atomic
-from ddpm.params import Params
+from ddpm.params import Params, RuntimeParams
 from ddpm.params_file import load_params
-from ddpm.paths import MODEL, PLOTS, TRAIN_METRICS, project_root, raw_folder
+from ddpm.paths import MODEL, PLOTS, TRAIN_METRICS, raw_folder
 from ddpm.runtime.cli import clean_errors
 from ddpm.runtime.device import can_compile, enough_memory, select_device
 from ddpm.runtime.distributed import Group, is_worker
 from ddpm.runtime.run_folder import fingerprint, imported_source
 from ddpm.stage import run_stage
-from ddpm.tracking.run import Run, start_run
-from ddpm.training.loop import Trained, train
-from ddpm.training.step import architecture, use_bfloat16
-from ddpm.training.validation import PREVIEW_ROWS, Log
+from ddpm.tracking.run import Run
+from ddpm.training.loop import NoLog, Trained, train
+from ddpm.training.state import architecture
+from ddpm.training.step import Execution, use_bfloat16
+from ddpm.training.validation import PREVIEW_ROWS
 
 
 class RunLog:
-    """What the training loop reports, into the MLflow run."""
+    """Passes on to the MLflow run what the training loop reports."""
 
     def __init__(self, run: Run):
         self.metrics, self.sync, self.run = run.metrics, run.journal.sync, run
@@ -49,51 +50,36 @@ def main() -> None:
     if not is_worker() and (warning := terminal_warning(p.diffusion.schedule, p.diffusion.timesteps)):
         print(f"warning: train.diffusion: {warning}", file=sys.stderr)
     data = load_dataset(params.data.name)
-    architecture(p, data)  # where there is none for such images, it is told now
+    architecture(p, data)  # raises UserError now, before any work, if no such network fits the images
     data_sha256 = dataset_sha256(params.data.name)
-    name = fingerprint({**p.model_dump(), "data": data_sha256}, imported_source())
 
-    def work(group: Group, folder: Path) -> None:
-        mine = data.to(device)
-        if group.is_main:
-            track_training(params, mine, data_sha256, device, folder, group)
-        else:
-            training(params, mine, device, None, None, group)
-
-    with enough_memory(device, f"lower train.batch_size ({p.batch_size}) or train.model.channels ({p.model.channels})"):
-        run_stage(work, name, params.runtime.processes, device)
-
-
-def training(params: Params, data: Dataset, device: torch.device, states: Path | None, log: Log | None, group: Group) -> Trained:
-    runtime = params.runtime
-    compile_model = can_compile(device) if runtime.compile == "auto" else runtime.compile
-    return train(params.train, data, device, states, log, compile_model, group, runtime.accumulate)
-
-
-def track_training(params: Params, data: Dataset, data_sha256: str, device: torch.device, folder: Path, group: Group) -> None:
-    """Train from the states in `folder`, write the outputs, and log it all as one MLflow run."""
-    p, root, required = params.train, project_root(), params.runtime.require_mlflow
-    with start_run("train", params.model_dump(), root, folder, str(device), required) as run:
-        profile = {"train_images": len(data.images), "test_images": len(data.test_images)}
-        run.dataset(params.data.name, data_sha256[:32], str(raw_folder(params.data.name)), profile, "training")
-        trained = training(params, data, device, folder, RunLog(run), group)
+    def work(group: Group, folder: Path, run: Run | None) -> str:
+        on_device = data.to(device)
+        execution = how_to_execute(params.runtime, device, group)
+        if run:
+            profile = {"train_images": len(data.images), "test_images": len(data.test_images)}
+            run.dataset(params.data.name, data_sha256[:32], str(raw_folder(params.data.name)), profile, "training")
+        trained = train(p, on_device, folder, RunLog(run) if run else NoLog(), execution)
+        if run is None:
+            return ""
         write_outputs(trained, params, data)
-        run.artifact(MODEL, "model")
-        run.tags(
-            {
-                "checkpoint_sha256": file_sha256(MODEL),
-                "data_sha256": data_sha256,
-                "precision": "bfloat16" if use_bfloat16(p, device) else "float32",
-                "parameters": sum(w.numel() for w in trained.weights.values()),
-                "processes": group.world_size,
-            }
-        )
+        log_outputs(run, trained, params, data_sha256, execution)
+        return f"{MODEL} after {p.steps:,} steps, validation loss {trained.validation_curve[-1]['loss']:.4f}"
+
+    name = fingerprint({**p.model_dump(), "data": data_sha256}, imported_source())
+    with enough_memory(device, f"lower train.batch_size ({p.batch_size}) or train.model.channels ({p.model.channels})"):
+        run_stage("train", params, device, name, work)
+
+
+def how_to_execute(runtime: RuntimeParams, device: torch.device, group: Group) -> Execution:
+    compile_model = can_compile(device) if runtime.compile == "auto" else runtime.compile
+    return Execution(device, compile_model, group, runtime.accumulate, runtime.state_seconds)
 
 
 def write_outputs(trained: Trained, params: Params, data: Dataset) -> None:
     p = params.train
-    label_dropout = p.label_dropout if data.classes else 1.0  # it never sees a class
-    save_model(MODEL, trained.weights, architecture(p, data), p.diffusion.model_dump(), label_dropout, data.classes)
+    label_dropout = p.label_dropout if data.classes else 1.0  # without classes no image was shown with one
+    save_checkpoint(MODEL, trained.weights, architecture(p, data), p.diffusion.model_dump(), label_dropout, data.classes)
     for name, curve in (("train", trained.train_curve), ("validation", trained.validation_curve)):
         lines = ["\t".join(curve[0])] + [
             "\t".join(str(value) if isinstance(value, int) else f"{value:.6g}" for value in row.values()) for row in curve
@@ -106,6 +92,19 @@ def write_outputs(trained: Trained, params: Params, data: Dataset) -> None:
         "parameters": sum(w.numel() for w in trained.weights.values()),
     }
     write_atomic(TRAIN_METRICS, (json.dumps(metrics, indent=2) + "\n").encode())
+
+
+def log_outputs(run: Run, trained: Trained, params: Params, data_sha256: str, execution: Execution) -> None:
+    run.artifact(MODEL, "model")
+    run.tags(
+        {
+            "checkpoint_sha256": file_sha256(MODEL),
+            "data_sha256": data_sha256,
+            "precision": "bfloat16" if use_bfloat16(params.train, execution.device) else "float32",
+            "parameters": sum(w.numel() for w in trained.weights.values()),
+            "processes": execution.group.world_size,
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""`make ui`: the MLflow UI over this repository's store, for this machine alone.
+"""`make ui`: the MLflow UI of this repository's store, for this machine only.
 
-Prints the address of the runs when it is ready. `python src/ui.py --port 5001` uses another port. Where MLFLOW_TRACKING_URI
-names a server it starts nothing: the address is that server's.
+Prints the address of the runs as soon as the server is ready. `python src/ui.py --port 5001` uses another port. If
+MLFLOW_TRACKING_URI names a server, it starts none and prints that server's address.
 """
 
 import argparse
@@ -19,7 +19,8 @@ import requests
 from ddpm.errors import Stopped, UserError
 from ddpm.paths import project_root
 from ddpm.runtime.cli import between, clean_errors
-from ddpm.tracking.connection import experiment_id, experiment_name, tracking_uri, without_password
+from ddpm.tracking.connection import experiment_name, tracking_uri, without_password
+from ddpm.tracking.queries import experiment_id
 
 HOST, PORT = "127.0.0.1", 5000
 READY_SECONDS = 120
@@ -32,24 +33,19 @@ def main() -> None:
     root = project_root()
     uri = tracking_uri(root)
     if uri.startswith("http"):
-        print(page(without_password(uri.rstrip("/")), experiment_id(uri)))
+        print(runs_page(without_password(uri.rstrip("/")), experiment_id(uri)))
         return
     with socket.socket() as probe:
         if probe.connect_ex((HOST, port)) == 0:
-            raise UserError(f"port {port} is taken, perhaps by another `make ui`; choose one: python src/ui.py --port {port + 1}")
+            another = f"to use another port: python src/ui.py --port {port + 1}"
+            raise UserError(f"port {port} is already in use, perhaps by another `make ui`; {another}")
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
         *("--artifacts-destination", str(root / "mlartifacts")),
     ]
-    environment = os.environ | {
-        "MLFLOW_BACKEND_STORE_URI": uri,  # not among the arguments: it may have a password
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # it would take 40 s and 2.6 GB
-    }
-    server = subprocess.Popen(  # in a session of its own: Ctrl-C reaches it through us, and it leaves nobody behind
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    server = start_server(command, uri)
     try:
-        print(f"{started(server, port)}\nCtrl-C ends it", flush=True)
+        print(f"{wait_until_ready(server, port, command)}\nPress Ctrl-C to stop the server.", flush=True)
         with suppress(Stopped):
             server.wait()
     finally:
@@ -58,35 +54,46 @@ def main() -> None:
         server.wait()
 
 
-def page(server: str, experiment: str | None) -> str:
-    """Of the runs on a server."""
-    if experiment is None:
-        return f"{server} (no runs yet: `dvc repro` makes the first)"
-    return f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+def start_server(command: list[str], uri: str) -> subprocess.Popen[bytes]:
+    """An MLflow server for the store `uri`, in a session of its own: Ctrl-C doesn't reach it, and its workers end with it."""
+    environment = os.environ | {
+        "MLFLOW_BACKEND_STORE_URI": uri,  # not an argument, which other users could see: it may have a password
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # nothing here uses it; it takes 40 s to start and 2.6 GB of memory
+    }
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
 
 
-def started(server: subprocess.Popen, port: int) -> str:
-    """The page of the runs, once the server that we started answers."""
+def wait_until_ready(server: subprocess.Popen[bytes], port: int, command: list[str]) -> str:
+    """The address of the runs, once the server answers. Raises UserError if it exits or takes too long."""
     address, session = f"http://{HOST}:{port}", requests.Session()
-    session.trust_env = False  # a proxy has no business here
+    session.trust_env = False  # never through a proxy
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            command = f"MLFLOW_BACKEND_STORE_URI=… {shlex.join(server.args)}"
-            raise UserError(f"the MLflow server ended with status {server.returncode}; `{command}` says why")
+            by_hand = f"MLFLOW_BACKEND_STORE_URI=… {shlex.join(command)}"
+            raise UserError(f"the MLflow server exited with status {server.returncode}; run `{by_hand}` to see why")
         try:
             answer = session.get(
-                f"{address}/api/2.0/mlflow/experiments/get-by-name", {"experiment_name": experiment_name()}, timeout=5
+                f"{address}/api/2.0/mlflow/experiments/get-by-name", params={"experiment_name": experiment_name()}, timeout=5
             )
         except requests.RequestException:
             time.sleep(0.2)
             continue
         if answer.ok:
-            return page(address, answer.json()["experiment"]["experiment_id"])
+            return runs_page(address, answer.json()["experiment"]["experiment_id"])
         if answer.status_code == 404:
-            return page(address, None)
+            return runs_page(address, None)
         return address
-    raise UserError(f"the MLflow server doesn't answer at {address} within {READY_SECONDS} s")
+    raise UserError(f"the MLflow server did not answer at {address} within {READY_SECONDS} s")
+
+
+def runs_page(server: str, experiment: str | None) -> str:
+    """The address of a server's page of runs; `experiment` is an id, None before the first run."""
+    if experiment is None:
+        return f"{server} (no runs yet; `dvc repro` makes the first)"
+    return f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
 
 
 if __name__ == "__main__":

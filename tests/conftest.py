@@ -1,4 +1,3 @@
-import socket
 import sys
 from pathlib import Path
 
@@ -8,11 +7,14 @@ import torch
 from PIL import Image
 from xdist.scheduler import LoadFileScheduling
 
-from ddpm.checkpoint import save_model
+import crash
+from clones import edit_params
+from ddpm.checkpoint import save_checkpoint
 from ddpm.data.fashion_mnist import FILES
 from ddpm.diffusion.unet import UNet
 from ddpm.files import file_sha256
 from ddpm.sources.download import download
+from helpers import run, smoke_clone, stages_run
 
 ROOT = Path(__file__).resolve().parents[1]
 # `make test` runs a process a core. A file's tests stay in one, and so do those of files that share a run of the pipeline.
@@ -51,8 +53,6 @@ def smoke_run(tmp_path_factory, fashion_mnist) -> Path:
 
     test_views.py and test_team.py add experiments, runs and a remote; test_pipeline.py, which comes before, works on a copy.
     """
-    from test_pipeline import run, smoke_clone, stages_run
-
     clone = smoke_clone(tmp_path_factory.mktemp("smoke"), fashion_mnist)
     assert stages_run(run(clone, "dvc", "repro")) == ["download", "train", "sample", "evaluate"]
     run(clone, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qam", "smoke run")
@@ -65,9 +65,6 @@ def coloured_run(tmp_path_factory) -> Path:
 
     test_folder.py looks at it, and then test_processes.py trains in it.
     """
-    import crash
-    from test_pipeline import run, stages_run
-
     folder = tmp_path_factory.mktemp("coloured")
     for i, name in enumerate(("red", "green", "blue")):
         (folder / "colours" / name).mkdir(parents=True)
@@ -82,7 +79,7 @@ def coloured_run(tmp_path_factory) -> Path:
         "train": {"steps": 200, "learning_rate": 0.01},
         "sample": {"count": 30},
     }
-    crash.edit_params(clone, changes)
+    edit_params(clone, changes)
     run(clone, "dvc", "repro", "download")
     run(clone, sys.executable, "src/train_classifier.py", "--out", "models/classifier-colours.pth")
     assert stages_run(run(clone, "dvc", "repro")) == ["train", "sample", "evaluate"]
@@ -97,11 +94,5 @@ def random_model(tmp_path_factory) -> Path:
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(w.shape, generator=generator) * 0.1 for name, w in UNet(**unet).state_dict().items()}
     path = tmp_path_factory.mktemp("model") / "diffusion_model.pth"
-    save_model(path, weights, unet, diffusion, 0.1)
+    save_checkpoint(path, weights, unet, diffusion, 0.1)
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

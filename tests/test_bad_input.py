@@ -3,10 +3,10 @@
 The modules' own tests have the many ways in which parameters, data, samples and checkpoints can be wrong.
 """
 
-import importlib
 import json
 import os
 import pickle
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,15 +18,16 @@ import pytest
 import torch
 import yaml
 
-from ddpm.checkpoint import save_model
+from ddpm.checkpoint import save_checkpoint
 from ddpm.data.fashion_mnist import FILES
 from ddpm.diffusion.unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]
 RAW, MODEL, SAMPLES = Path("data/FashionMNIST/raw"), Path("models/diffusion_model.pth"), Path("output/samples.npz")
 UNET = {"patch_size": 2, "channels": [8, 16], "blocks": 1, "attention": [], "heads": 2, "dropout": 0.0}
+TRAIN_IMAGES = RAW / "train-images-idx3-ubyte"
 DIFFUSION = {"timesteps": 5, "schedule": "cosine", "prediction": "v", "min_snr_gamma": 5.0}
-ANEW = "`dvc repro train` makes it anew"
+REMEDY = "`dvc repro train` makes it"
 
 
 @pytest.fixture
@@ -61,13 +62,13 @@ def test_help_is_help_alone(program, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{program}.py", "--help"])
     with pytest.raises(SystemExit, match="0"):
-        importlib.import_module(program).main()
+        runpy.run_path(str(ROOT / f"src/{program}.py"))["main"]()
     assert f"usage: {program}.py" in capsys.readouterr().out
     assert [path.name for path in tmp_path.rglob("*")] == ["presets"]
 
 
 def small_model(folder: Path) -> None:
-    save_model(folder / MODEL, UNet(**UNET).state_dict(), UNET, DIFFUSION, 0.1)
+    save_checkpoint(folder / MODEL, UNet(**UNET).state_dict(), UNET, DIFFUSION, 0.1)
 
 
 def no_params(folder: Path) -> None:
@@ -134,13 +135,13 @@ def another_classifier(folder: Path) -> None:
 
 CASES = [
     ("train", no_params, "params.yaml: there is no such file here; run from the repository's root"),
-    ("download", number_as_text, "params.yaml: train.learning_rate: '2e-4' is text to YAML; write it as 0.0002"),
+    ("download", number_as_text, "params.yaml: train.learning_rate: YAML reads '2e-4' as text; write it as 0.0002"),
     ("sample", unknown_key, "params.yaml: sample.step: there is no such key; did you mean steps?"),
-    ("train", no_data, f"{RAW}/train-images-idx3-ubyte: there is no such file; `python src/download.py` fetches it"),
+    ("train", no_data, f"{TRAIN_IMAGES}: there is no such file; `python src/download.py` downloads it"),
     (
         "train",
         damaged_data,
-        f"{RAW}/train-images-idx3-ubyte: not Fashion-MNIST's bytes (SHA-256 differs); `python src/download.py` fetches it again",
+        f"{TRAIN_IMAGES}: not Fashion-MNIST's bytes (SHA-256 differs); `python src/download.py` downloads it again",
     ),
     pytest.param(
         "train",
@@ -149,12 +150,12 @@ CASES = [
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA"),
     ),
     ("sample", no_data, f"{MODEL}: there is no such file; `dvc repro train` makes it"),
-    ("sample", cut_model, f"{MODEL}: damaged, or not a file of weights alone; {ANEW}"),
-    ("sample", model_with_code, f"{MODEL}: damaged, or not a file of weights alone; {ANEW}"),
-    ("sample", model_with_code_in_an_archive, f"{MODEL}: damaged, or not a file of weights alone; {ANEW}"),
+    ("sample", cut_model, f"{MODEL}: corrupt, or not a plain weights file; {REMEDY}"),
+    ("sample", model_with_code, f"{MODEL}: corrupt, or not a plain weights file; {REMEDY}"),
+    ("sample", model_with_code_in_an_archive, f"{MODEL}: corrupt, or not a plain weights file; {REMEDY}"),
     ("sample", model_of_few_timesteps, f"params.yaml: sample.steps: 6, but {MODEL} has 5 timesteps; use at most as many"),
     ("evaluate", no_samples, f"{SAMPLES}: there is no such file; `dvc repro sample` makes it"),
-    ("evaluate", damaged_samples, f"{SAMPLES}: damaged, or without images and labels; `dvc repro sample` makes it anew"),
+    ("evaluate", damaged_samples, f"{SAMPLES}: corrupt, or without images and labels; `dvc repro sample` draws them again"),
     (
         "evaluate",
         another_classifier,

@@ -82,6 +82,10 @@ def test_time_to_quality_goes_on_at_the_turn_it_was_in(fashion_mnist, monkeypatc
     assert not list(tmp_path.glob(".cache/quality-*"))
 
 
+def test_a_change_of_any_file_of_the_library_starts_the_time_to_quality_over():
+    assert {*(ROOT / "src/ddpm").rglob("*.py")} <= {*quality.code_files()}
+
+
 @pytest.mark.parametrize("heads", [None, 4])
 def test_twin_is_the_peer_block_for_block(heads):
     """The same convolutions, and the same work to within a twentieth, though its conditioning also scales."""

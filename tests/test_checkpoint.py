@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ddpm.checkpoint import load_model, save_model
+from ddpm.checkpoint import load_checkpoint, save_checkpoint
 from ddpm.data.fashion_mnist import CLASSES
 from ddpm.diffusion.unet import UNet
 from ddpm.errors import UserError
@@ -10,7 +10,7 @@ from ddpm.files import serialise
 SMALL = {"channels": [8, 16], "blocks": 1, "attention": [7], "heads": 2, "dropout": 0.1, "patch_size": 2}
 DIFFUSION = {"timesteps": 50, "schedule": "cosine", "prediction": "v", "min_snr_gamma": 5.0}
 CPU = torch.device("cpu")
-ANEW = "`dvc repro train` makes models/diffusion_model.pth anew"
+REMEDY = "`dvc repro train` makes models/diffusion_model.pth"
 
 
 def random_unet(seed: int = 0, **changes) -> UNet:
@@ -24,8 +24,10 @@ def random_unet(seed: int = 0, **changes) -> UNet:
 
 def test_model_round_trip(tmp_path):
     model = random_unet()
-    save_model(tmp_path / "m.pth", model.state_dict(), SMALL, DIFFUSION, 0.25)
-    loaded, diffusion, label_dropout, classes = load_model(tmp_path / "m.pth", CPU)
+    save_checkpoint(tmp_path / "m.pth", model.state_dict(), SMALL, DIFFUSION, 0.25)
+    checkpoint = load_checkpoint(tmp_path / "m.pth", CPU)
+    loaded, diffusion = checkpoint.model, checkpoint.diffusion
+    label_dropout, classes = checkpoint.label_dropout, checkpoint.classes
 
     x, t, y = torch.randn(4, 1, 28, 28), torch.tensor([0, 7, 30, 49]), torch.tensor([0, 3, 9, 10])
     with torch.no_grad():
@@ -43,24 +45,25 @@ def test_model_round_trip(tmp_path):
 
 def test_another_data_set_s_shape_and_classes(tmp_path):
     shape = {**SMALL, "classes": 2, "image_channels": 3, "image_size": 32, "attention": []}
-    save_model(tmp_path / "m.pth", UNet(**shape).state_dict(), shape, DIFFUSION, 0.25, ["cat", "dog"])
-    loaded, _, _, classes = load_model(tmp_path / "m.pth", CPU)
+    save_checkpoint(tmp_path / "m.pth", UNet(**shape).state_dict(), shape, DIFFUSION, 0.25, ["cat", "dog"])
+    checkpoint = load_checkpoint(tmp_path / "m.pth", CPU)
+    loaded, classes = checkpoint.model, checkpoint.classes
     assert (loaded.image_shape, loaded.null_class, classes) == ((3, 32, 32), 2, ["cat", "dog"])
 
 
 def test_a_model_of_before_there_were_other_data_is_fashion_mnist_s(tmp_path):
     old = {"weights": random_unet().state_dict(), "unet": SMALL, "diffusion": DIFFUSION, "label_dropout": 0.1}
     (tmp_path / "m.pth").write_bytes(serialise(old))
-    assert load_model(tmp_path / "m.pth", CPU)[3] == list(CLASSES)
+    assert load_checkpoint(tmp_path / "m.pth", CPU).classes == list(CLASSES)
 
 
 def test_the_same_weights_give_the_same_bytes(tmp_path):
     model = random_unet()
-    save_model(tmp_path / "a.pth", model.state_dict(), SMALL, DIFFUSION, 0.1)
+    save_checkpoint(tmp_path / "a.pth", model.state_dict(), SMALL, DIFFUSION, 0.1)
     model.to(memory_format=torch.channels_last)
-    save_model(tmp_path / "b.pt", model.state_dict(), SMALL, DIFFUSION, 0.1)
+    save_checkpoint(tmp_path / "b.pt", model.state_dict(), SMALL, DIFFUSION, 0.1)
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pt").read_bytes()
-    save_model(tmp_path / "a.pth", random_unet(seed=1).state_dict(), SMALL, DIFFUSION, 0.1)
+    save_checkpoint(tmp_path / "a.pth", random_unet(seed=1).state_dict(), SMALL, DIFFUSION, 0.1)
     assert (tmp_path / "a.pth").read_bytes() != (tmp_path / "b.pt").read_bytes()
 
 
@@ -88,16 +91,16 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, weights, unet, diffusion)
     path = tmp_path / "m.pth"
     torch.save({"weights": weights, "unet": unet, "diffusion": diffusion, "label_dropout": 0.1}, path)
     with pytest.raises(UserError) as caught:
-        load_model(path, CPU)
+        load_checkpoint(path, CPU)
     message = str(caught.value)
-    assert message.startswith(f"{path}: its weights are not those of the network that it describes (")
-    assert message.endswith(f"); {ANEW}")
+    assert message.startswith(f"{path}: its weights don't fit the network that it describes (")
+    assert message.endswith(f"); {REMEDY}")
     assert "\n" not in message
 
 
 def test_another_programs_checkpoint_is_refused(tmp_path):
     torch.save(random_unet().state_dict(), tmp_path / "m.pth")
     with pytest.raises(UserError) as caught:
-        load_model(tmp_path / "m.pth", CPU)
+        load_checkpoint(tmp_path / "m.pth", CPU)
     lacks = "diffusion, label_dropout, unet, weights"
-    assert str(caught.value) == f"{tmp_path / 'm.pth'}: made by another program or version (it lacks {lacks}); {ANEW}"
+    assert str(caught.value) == f"{tmp_path / 'm.pth'}: made by another program or version (it lacks {lacks}); {REMEDY}"

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torchvision
 
-from ddpm.data.fashion_mnist import FILES, load_split
+from ddpm.data.fashion_mnist import CLASSES, FILES, load_split
 from ddpm.data.pixels import to_model_range, to_uint8
 from ddpm.errors import UserError
 from ddpm.files import file_sha256
@@ -24,7 +24,7 @@ from ddpm.sources.download import download
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALLEST = "t10k-labels-idx1-ubyte"  # stands for all four where one is enough
-ADVICE = "Put the four .gz files (or the unpacked ones) into a folder, name it in params.yaml as data.folder, and run again."
+ADVICE = "Put the four .gz files (or the unpacked ones) into a folder, set data.folder in params.yaml to it, and run again."
 
 
 class Mirror(ThreadingHTTPServer):
@@ -123,7 +123,11 @@ def is_complete(folder: Path) -> bool:
 
 def nothing_had(names: list[str], *failures: str) -> str:
     return "\n".join(
-        [f"Fashion-MNIST could not be had: {', '.join(names)} missing. Tried:", *(f"  - {line}" for line in failures), ADVICE]
+        [
+            f"Fashion-MNIST could not be downloaded: {', '.join(names)} missing. Tried:",
+            *(f"  - {line}" for line in failures),
+            ADVICE,
+        ]
     )
 
 
@@ -144,7 +148,7 @@ def test_mirror_to_torchvision(tmp_path, raw, mirror, packed, fashion_mnist):
         assert torch.equal(images, theirs.data)
         assert torch.equal(labels, theirs.targets)
         assert torch.bincount(labels).tolist() == [count // 10] * 10
-    assert [name.split("/")[0] for name in theirs.classes] == [name.split("/")[0] for name in fashion_mnist.CLASSES]
+    assert [name.split("/")[0] for name in theirs.classes] == [name.split("/")[0] for name in CLASSES]
 
     shutil.rmtree(raw)
     download(raw, tmp_path / "cache", mirrors=[], debian=False)  # from the cache alone
@@ -267,7 +271,7 @@ def flipped(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-BROKEN_GZIP = "is not a whole gzip file ("
+BROKEN_GZIP = "is not a complete gzip file ("
 
 
 @pytest.mark.parametrize(
@@ -298,7 +302,7 @@ def test_a_bad_mirror_is_told_and_passed_over(raw, lacking, mirror, packed, monk
     with pytest.raises(UserError) as caught:
         download(raw, cache, mirrors=[mirror.url], debian=False)
     first, failure, advice = str(caught.value).splitlines()
-    assert first == f"Fashion-MNIST could not be had: {SMALLEST} missing. Tried:"
+    assert first == f"Fashion-MNIST could not be downloaded: {SMALLEST} missing. Tried:"
     assert failure.startswith(f"  - mirror {mirror.url}: {SMALLEST}")
     assert reason in failure
     assert advice == ADVICE
@@ -405,7 +409,7 @@ def test_damaged_files_are_refused(tmp_path, fashion_mnist, name, damage):
     (tmp_path / name).write_bytes(damage((fashion_mnist / name).read_bytes()))
     with pytest.raises(UserError) as caught:
         load_split(tmp_path, "test")
-    again = "not Fashion-MNIST's bytes (SHA-256 differs); `python src/download.py` fetches it again"
+    again = "not Fashion-MNIST's bytes (SHA-256 differs); `python src/download.py` downloads it again"
     assert str(caught.value) == f"{tmp_path / name}: {again}"
     assert len(load_split(tmp_path, "train")[0]) == 60_000
 
@@ -424,7 +428,7 @@ def test_missing_files_are_named(tmp_path, fashion_mnist):
     images = tmp_path / "t10k-images-idx3-ubyte"
     with pytest.raises(UserError) as caught:
         load_split(tmp_path, "test")
-    assert str(caught.value) == f"{images}: there is no such file; `python src/download.py` fetches it"
+    assert str(caught.value) == f"{images}: there is no such file; `python src/download.py` downloads it"
     images.mkdir()
     with pytest.raises(UserError) as caught:
         load_split(tmp_path, "test")
@@ -433,7 +437,7 @@ def test_missing_files_are_named(tmp_path, fashion_mnist):
     images.symlink_to((fashion_mnist / images.name).resolve())
     with pytest.raises(UserError) as caught:
         load_split(tmp_path, "test")
-    assert str(caught.value) == f"{tmp_path / SMALLEST}: there is no such file; `python src/download.py` fetches it"
+    assert str(caught.value) == f"{tmp_path / SMALLEST}: there is no such file; `python src/download.py` downloads it"
 
 
 def test_pixels_survive_the_models_range():

@@ -1,6 +1,7 @@
 """The trained model that comes with the repository: what its card says of it, and what draws with it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-import ship
 from ddpm import paths
 from ddpm.data.fashion_mnist import CLASSES
 from ddpm.errors import UserError
@@ -63,7 +63,7 @@ def test_it_draws_what_it_is_asked_for():
 def test_the_demo_draws_a_grid_and_an_animation(folder):
     done = demo(folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "output/demo.png and output/demo.gif, by models/pretrained/fashion_ddpm.pth with seed 1\n"
+    assert done.stdout == "output/demo.png and output/demo.gif, drawn by models/pretrained/fashion_ddpm.pth with seed 1\n"
     with Image.open(folder / "output/demo.png") as grid:
         width, height = grid.size
     assert height > 10 * 56
@@ -107,7 +107,7 @@ def test_a_damaged_card_is_told_in_a_line(folder, content, monkeypatch):
         paths.PRETRAINED_CARD.unlink()
     else:
         paths.PRETRAINED_CARD.write_bytes(content)
-    with pytest.raises(UserError, match=r"^models/pretrained/card.json: missing or damaged; `git checkout "):
+    with pytest.raises(UserError, match=r"^models/pretrained/card.json: missing or corrupt; `git checkout "):
         pretrained.pretrained_sampling()
 
 
@@ -122,16 +122,20 @@ def test_the_sampling_stage_takes_it(folder):
     assert samples["images"].std() > 50
 
 
-def test_its_runs_go_into_a_store_once(tmp_path, monkeypatch):
+def test_its_runs_go_into_a_store_once(tmp_path):
     from mlflow import MlflowClient
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", address := f"sqlite:///{tmp_path / 'mlflow.db'}")
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "shipped")
-    monkeypatch.setattr(ship, "project_root", lambda: tmp_path)
-    monkeypatch.setattr(sys, "argv", ["ship.py", str(FOLDER / "runs.zip")])
+    (tmp_path / ".dvc").mkdir()  # so that this is the project's root, where the store is
+    address = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    environment = os.environ | {
+        "DVC_ROOT": str(tmp_path),
+        "MLFLOW_TRACKING_URI": address,
+        "MLFLOW_EXPERIMENT_NAME": "shipped",
+    }
     client = MlflowClient(address)
     for _ in range(2):
-        ship.main()
+        command = [sys.executable, "src/ship.py", FOLDER / "runs.zip"]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
         experiment = client.get_experiment_by_name("shipped")
         runs = {r.data.tags["stage"]: r for r in client.search_runs([experiment.experiment_id])}
         assert len(client.search_runs([experiment.experiment_id])) == len(runs) == 3

@@ -74,13 +74,13 @@ def test_mps_where_there_is_none():
 def test_too_little_memory_on_a_gpu_says_what_to_lower(error):
     with pytest.raises(UserError) as caught, enough_memory(torch.device("cuda", 1), "lower train.batch_size (512)"):
         raise error
-    assert str(caught.value) == "cuda:1 is out of memory; lower train.batch_size (512)"
+    assert str(caught.value) == "cuda:1 ran out of memory; lower train.batch_size (512)"
 
 
 def test_too_little_memory_on_the_cpu_says_what_to_lower():
     with pytest.raises(UserError) as caught, enough_memory(torch.device("cpu"), "lower train.batch_size (512)"):
         torch.empty(2**55)
-    assert str(caught.value) == "cpu is out of memory; lower train.batch_size (512)"
+    assert str(caught.value) == "cpu ran out of memory; lower train.batch_size (512)"
 
 
 def test_other_errors_are_not_taken_for_too_little_memory():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from ddpm.diffusion.process import Diffusion
 from ddpm.diffusion.rng import seeded_rng
+from helpers import noise_in
 
 DIFFUSERS = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
 PREDICTIONS = ["eps", "x0", "v"]
@@ -23,12 +24,6 @@ def images(seed: int, count: int = 2) -> torch.Tensor:
 def every_timestep(timesteps: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """An image and its noise, float32, for each timestep."""
     return images(0, timesteps).float(), torch.arange(timesteps), images(1, timesteps).float()
-
-
-def noise_in(d: Diffusion, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The noise that x_t holds if x0 is the clean image."""
-    alpha, sigma = (level[t].view(-1, 1, 1, 1) for level in (d.alpha, d.sigma))
-    return (x_t - alpha * x0) / sigma
 
 
 @pytest.mark.parametrize("timesteps", [300, 1000])

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import free_port
 from ddpm.errors import UserError
 from ddpm.runtime import distributed
 from ddpm.runtime.distributed import Group
 from ddpm.training.loop import train
-from test_training import CPU, Recorder, class_images, params
+from ddpm.training.step import Execution
+from helpers import CPU, Recorder, class_images, free_port, params
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")} | {
@@ -31,7 +31,8 @@ import torch
 from ddpm.runtime.distributed import joined
 from ddpm.errors import Stopped
 from ddpm.training.loop import train
-from test_training import CPU, Recorder, class_images, params
+from ddpm.training.step import Execution
+from helpers import CPU, Recorder, class_images, params
 
 folder, stop_at, precisions = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 losses = {}
@@ -44,7 +45,7 @@ with joined(CPU) as group:
         log = Recorder(stop_at=stop_at or None) if group.is_main else None
         p = params(batch_size=12, steps=200, model__dropout=0.0)
         try:
-            train(p, class_images(), CPU, states if group.is_main else None, log, False, group)
+            train(p, class_images(), states if group.is_main else None, log, Execution(CPU, group=group))
         except Stopped:
             pass
         if group.is_main:
@@ -95,7 +96,7 @@ def test_a_batch_in_parts_has_the_same_losses(tmp_path, parts):
     def run(accumulate: int) -> torch.Tensor:
         (states := tmp_path / str(accumulate)).mkdir()
         log = Recorder()
-        train(params(model__dropout=0.0, batch_size=7), class_images(), CPU, states, log, False, accumulate=accumulate)
+        train(params(model__dropout=0.0, batch_size=7), class_images(), states, log, Execution(CPU, accumulate=accumulate))
         return torch.tensor([value for (name, _), value in log.values.items() if name == "train/loss"])
 
     difference = (run(parts) - run(1)).abs()
@@ -107,13 +108,13 @@ def test_too_small_a_batch_is_told(tmp_path):
     with pytest.raises(
         UserError, match=r"^params.yaml: train.batch_size: 8 images are too few for 2 processes in 5 parts each; lower "
     ):
-        train(params(), class_images(), CPU, tmp_path, Recorder(), False, Group(0, 2), accumulate=5)
+        train(params(), class_images(), tmp_path, Recorder(), Execution(CPU, group=Group(0, 2), accumulate=5))
 
 
 def test_what_nccl_says_is_told(monkeypatch):
     monkeypatch.setattr(distributed.time, "sleep", lambda _: None)
-    ending = distributed._ending(torch.distributed.DistBackendError("Duplicate GPU detected\nmore"), 0)
-    assert str(ending).startswith("another process of this run was lost, or can't be reached (Duplicate GPU detected); ")
+    ending = distributed._error_to_raise(torch.distributed.DistBackendError("Duplicate GPU detected\nmore"), 0)
+    assert str(ending).startswith("Another process of this run was lost or is unreachable (Duplicate GPU detected). Run ")
 
 
 def test_shares_are_all_of_it_and_as_equal_as_can_be():

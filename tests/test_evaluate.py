@@ -13,17 +13,17 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import train_classifier
-from ddpm.data.archive import read_samples
 from ddpm.data.fashion_mnist import load_split
+from ddpm.data.samples_file import read_samples
 from ddpm.errors import UserError
+from ddpm.evaluation import classifier_training
 from ddpm.evaluation.classifier_training import augment, turned
 from ddpm.evaluation.features import extract
 from ddpm.evaluation.judge import class_balanced
 from ddpm.params_file import load_params
 from ddpm.tracking.provenance import drawn_from
 
-MADE_ANEW = "`dvc repro sample` makes it anew"
+DRAWN_AGAIN = "`dvc repro sample` draws them again"
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -74,7 +74,8 @@ LABELS = np.arange(20) % 11 - 1
 
 def test_samples_come_back_as_they_were_saved(tmp_path):
     np.savez_compressed(tmp_path / "samples.npz", images=IMAGES, labels=LABELS)
-    images, labels, checkpoint = read_samples(tmp_path / "samples.npz")
+    read = read_samples(tmp_path / "samples.npz")
+    images, labels, checkpoint = read.images, read.labels, read.checkpoint_sha256
     assert checkpoint is None
     assert images.dtype == torch.uint8 and np.array_equal(images.numpy(), IMAGES)
     assert labels.dtype == torch.int64 and np.array_equal(labels.numpy(), LABELS)
@@ -123,7 +124,7 @@ def single_array() -> bytes:
 def test_damaged_samples(tmp_path, content):
     path = tmp_path / "samples.npz"
     path.write_bytes(content)
-    line = f"{path}: damaged, or without images and labels; {MADE_ANEW}"
+    line = f"{path}: corrupt, or without images and labels; {DRAWN_AGAIN}"
     with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
         read_samples(path)
 
@@ -144,7 +145,7 @@ def test_samples_of_another_kind(tmp_path, arrays):
     path.write_bytes(archive(**arrays))
     with pytest.raises(
         UserError,
-        match=f"^{re.escape(f'{path}: images must be uint8 [N, H, H] or [N, H, H, 3] with N int64 labels; {MADE_ANEW}')}",
+        match=f"^{re.escape(f'{path}: images must be uint8 [N, H, H] or [N, H, H, 3] with N int64 labels; {DRAWN_AGAIN}')}",
     ):
         read_samples(path)
 
@@ -159,9 +160,10 @@ def test_a_changed_byte_of_the_samples_is_noticed_or_harmless(tmp_path):
         spoilt[position] ^= int(generator.integers(1, 256))
         path.write_bytes(spoilt)
         try:
-            images, labels, _ = read_samples(path)
+            read = read_samples(path)
+            images, labels = read.images, read.labels
         except UserError as error:
-            assert MADE_ANEW in str(error)
+            assert DRAWN_AGAIN in str(error)
             noticed += 1
         else:
             assert np.array_equal(images.numpy(), IMAGES) and np.array_equal(labels.numpy(), LABELS)
@@ -198,11 +200,11 @@ def test_augmentation_shifts_mirrors_and_erases_a_square():
 
 def test_turns_are_learned_of_images_that_are_their_own_mirror_images(monkeypatch):
     """Wedges that widen downwards: mirroring after a quarter turn would make it the other quarter turn."""
-    monkeypatch.setattr(train_classifier, "RECIPE", train_classifier.RECIPE | {"epochs": 6, "batch_size": 50})
+    monkeypatch.setattr(classifier_training, "RECIPE", classifier_training.RECIPE | {"epochs": 6, "batch_size": 50})
     rows, columns = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     centre, slope = (torch.rand(600, 1, 1, generator=seeded(i)) for i in range(2))
     wedges = (((columns - 9 - 10 * centre).abs() < (0.2 + 0.3 * slope) * rows) * 255).to(torch.uint8)
-    model = train_classifier.train(wedges, torch.zeros(600, dtype=torch.int64), 0).eval()
+    model = classifier_training.train_classifier(wedges, torch.zeros(600, dtype=torch.int64), 0).eval()
     images, quarters = turned(wedges[:200])
     predicted = extract(model, images, torch.device("cpu"))[1]
     assert all((predicted[quarters == k] == k).float().mean() > 0.9 for k in range(4))

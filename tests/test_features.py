@@ -120,7 +120,7 @@ def test_without_the_card(copy):
 def test_with_a_card_that_is_none(copy, content):
     card = copy.with_suffix(".json")
     card.write_text(content)
-    line = f"{card}: holds no sha256 and data of classifier.pth; `python src/train_classifier.py --out {copy}` makes both anew"
+    line = f"{card}: holds no sha256 and data of classifier.pth; `python src/train_classifier.py --out {copy}` makes both"
     with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
         load_classifier(copy)
 
@@ -153,7 +153,7 @@ def test_the_one_in_git_comes_from_there(tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     shutil.copy(CLASSIFIER.with_suffix(".json"), "models")
     Path("models/classifier.pth").write_bytes(b"")
-    with pytest.raises(UserError, match=r"; `git checkout models/classifier\.pth models/classifier\.json` makes it anew$"):
+    with pytest.raises(UserError, match=r"; `git checkout models/classifier\.pth models/classifier\.json` restores it$"):
         load_classifier(Path("models/classifier.pth"))
 
 
@@ -165,7 +165,7 @@ def test_with_a_changed_byte(copy, where):
     copy.write_bytes(data)
     lines = (
         f"{copy}: not the classifier that classifier.json describes (SHA-256 differs); FIDs would not compare",
-        f"{copy}: damaged, or not a file of weights alone; `python src/train_classifier.py --out {copy}` makes it anew",
+        f"{copy}: corrupt, or not a plain weights file; `python src/train_classifier.py --out {copy}` makes it",
     )
     with pytest.raises(UserError) as error:
         load_classifier(copy)

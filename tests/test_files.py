@@ -123,7 +123,7 @@ def test_tensors_come_back_equal(tmp_path):
 
 
 WHOLE = serialise(WEIGHTS)
-DAMAGED = "damaged, or not a file of weights alone; `make w` makes it anew"
+DAMAGED = "corrupt, or not a plain weights file; `make w` makes it"
 
 
 @pytest.mark.parametrize(
@@ -211,4 +211,4 @@ def test_other_programs_files_are_refused(tmp_path, content, lacks):
     write_atomic(path, serialise(content))
     with pytest.raises(UserError) as caught:
         load_tensors(path, {"weights", "width"}, "`make w` makes it")
-    assert str(caught.value) == f"{path}: made by another program or version (it lacks {lacks}); `make w` makes it anew"
+    assert str(caught.value) == f"{path}: made by another program or version (it lacks {lacks}); `make w` makes it"

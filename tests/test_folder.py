@@ -13,13 +13,12 @@ import torch
 import torchvision
 from PIL import Image
 
-import crash
-from crash import edit_params
+from clones import edit_params, environment
 from ddpm.data.dataset import load_dataset
 from ddpm.data.idx import idx_header, map_idx
 from ddpm.errors import UserError
-from ddpm.sources.folder import take_folder
-from test_pipeline import start
+from ddpm.sources.user_folder import take_folder
+from helpers import start
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,7 +82,7 @@ def test_a_folder_that_is_taken_again_leaves_nothing_of_before(workspace):
     assert taken(workspace / "colours").image_shape == (3, 16, 16)
 
     (workspace / "colours/003.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"003\.png: not a whole image"):
+    with pytest.raises(UserError, match=r"003\.png: not a complete image"):
         taken(workspace / "colours")
     with pytest.raises(UserError, match=r"ubyte: there is no such file; "):
         load_dataset("mine")
@@ -97,7 +96,7 @@ def test_a_list_of_classes_that_is_none_is_told(workspace, content):
     path.unlink()
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=r"^data/mine/raw.*; `python src/download.py` makes it anew$"):
+    with pytest.raises(UserError, match=r"^data/mine/raw.*; `python src/download.py` recreates it$"):
         load_dataset("mine")
 
 
@@ -150,7 +149,7 @@ def image_folder(**images: Image.Image | bytes | None):
 def test_the_data_set_s_own_folder_is_not_taken_and_stays(workspace):
     mnist(raw := workspace / "data/mine/raw", packed=False)
     before = {path: path.read_bytes() for path in raw.iterdir()}
-    with pytest.raises(UserError, match=r"is where the data set will be; move it elsewhere first$"):
+    with pytest.raises(UserError, match=r"the data set will be written to this folder; move your files elsewhere first$"):
         take_folder(raw, Path("data/mine/raw"))
     assert {path: path.read_bytes() for path in raw.iterdir()} == before
 
@@ -161,9 +160,9 @@ FAULTS = [
         lambda folder: folder.mkdir(),
         "{folder}: has no images (.bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp) and no train-",
     ),
-    (lambda folder: pictures(folder, 69), "{folder}: 9 images for testing are too few; 10 are needed, or 70 to split"),
-    (image_folder(a__x_png=b"no image"), "{folder}/a/x.png: not a whole image ("),
-    (image_folder(a__x_png=b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), "{folder}/a/x.png: not a whole image ("),
+    (lambda folder: pictures(folder, 69), "{folder}: 9 images for testing are too few; at least 10 are needed, or 70 that"),
+    (image_folder(a__x_png=b"no image"), "{folder}/a/x.png: not a complete image ("),
+    (image_folder(a__x_png=b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), "{folder}/a/x.png: not a complete image ("),
     (
         image_folder(a__x_png=Image.new("L", (16, 15))),
         "{folder}/a/x.png: is 16×15; all images should be 16×16, as {folder}/a/000.png ",
@@ -175,35 +174,35 @@ FAULTS = [
     (image_folder(a__000_png=Image.new("L", (8, 9))), "{folder}/a/000.png: is 8×9; all images should be square"),
     (
         image_folder(a__x_png=Image.new("I;16", (16, 16))),
-        "{folder}/a/x.png: has more than 8 bits a pixel and colour; convert it first",
+        "{folder}/a/x.png: has more than 8 bits per pixel and channel; convert it first",
     ),
-    (image_folder(x_png=Image.new("L", (16, 16))), "{folder}/x.png: an image beside sub-folders of images; put all into sub-"),
+    (image_folder(x_png=Image.new("L", (16, 16))), "{folder}/x.png: an image next to sub-folders of images; put each image "),
     (
         lambda folder: [pictures(folder / "train/a", 9), pictures(folder / "test/b", 9)],
         "{folder}: train has classes ['a'], test has ['b']; they should be the same",
     ),
     (
         spoil("train-images-idx3-ubyte", lambda b: b[:-1]),
-        "{folder}/train-images-idx3-ubyte: damaged: shorter or longer than it says",
+        "{folder}/train-images-idx3-ubyte: corrupt: shorter or longer than its header says",
     ),
-    (spoil("t10k-images-idx3-ubyte", lambda b: b + b"\0"), "{folder}/t10k-images-idx3-ubyte: damaged: shorter or longer than it"),
+    (spoil("t10k-images-idx3-ubyte", lambda b: b + b"\0"), "{folder}/t10k-images-idx3-ubyte: corrupt: shorter or longer than "),
     (spoil("train-images-idx3-ubyte", lambda b: b"PNG" + b), "{folder}/train-images-idx3-ubyte: not in MNIST's format"),
     (
         spoil("train-images-idx3-ubyte", lambda b: idx_header((60, 28, 14)) + b[16:]),
-        "{folder}/train-images-idx3-ubyte: holds 60×28×14 by",
+        "{folder}/train-images-idx3-ubyte: its shape is 60×28×14; ",
     ),
-    (spoil("t10k-labels-idx1-ubyte", lambda b: b[:-1]), "{folder}/t10k-labels-idx1-ubyte: damaged, or not a list of labels"),
+    (spoil("t10k-labels-idx1-ubyte", lambda b: b[:-1]), "{folder}/t10k-labels-idx1-ubyte: corrupt, or not a list of labels"),
     (
         spoil("t10k-labels-idx1-ubyte", lambda b: idx_header((11,)) + b[9:]),
         "{folder}/t10k-images-idx3-ubyte: 12 images, but there are 11 ",
     ),
     (
         spoil("t10k-labels-idx1-ubyte", lambda b: b[:-1] + b"\7"),
-        "{folder}: label 7 is among those for testing, but not among those",
+        "{folder}: label 7 is in the test set, but not in the training set",
     ),
     (
         lambda folder: [mnist(folder, packed=False), (folder / "t10k-labels-idx1-ubyte").unlink()],
-        "{folder}: has no t10k-labels-idx1-ubyte, nor one that ends in .gz",
+        "{folder}: has neither t10k-labels-idx1-ubyte nor t10k-labels-idx1-ubyte.gz",
     ),
     (
         lambda folder: [mnist(folder, True), p := folder / "train-images-idx3-ubyte.gz", p.write_bytes(p.read_bytes()[:-900])],
@@ -229,7 +228,7 @@ def test_a_damaged_file_of_the_stage_is_noticed(workspace, change):
     taken(workspace / "all")
     path = workspace / "data/mine/raw/train-images-idx3-ubyte"
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(UserError, match=r"idx3-ubyte: damaged, or not in MNIST's format; `python src/download.py` makes it anew"):
+    with pytest.raises(UserError, match=r"idx3-ubyte: corrupt, or not in MNIST's format; `python src/download.py` recreates it"):
         load_dataset("mine")
 
 
@@ -246,7 +245,8 @@ import resource, sys, torch
 from pathlib import Path
 from ddpm.data.dataset import load_dataset as load_data
 from ddpm.training.loop import train
-from test_training import CPU, Recorder, params
+from ddpm.training.step import Execution
+from helpers import CPU, Recorder, params
 
 resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))
 data = load_data("huge")
@@ -254,7 +254,7 @@ try:
     bytearray(data.images.nbytes)
 except MemoryError:
     print("it would not fit")
-train(params(steps=20), data.to(CPU), CPU, Path("."), Recorder(), False)
+train(params(steps=20), data.to(CPU), Path("."), Recorder(), Execution(CPU))
 print(f"trained on {data.images.nbytes >> 30} GiB")
 """
 
@@ -269,8 +269,8 @@ def test_a_set_larger_than_memory_trains(workspace):
                 file.write(header := idx_header(shape))
                 file.truncate(len(header) + int(np.prod(shape)))
     (raw / "classes.txt").write_text("black\n")
-    environment = {**crash.environment(), "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}:{ROOT / 'bench'}"}
-    done = subprocess.run([sys.executable, "-c", LIMITED], env=environment, capture_output=True, text=True, check=False)
+    here = {**environment(), "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", LIMITED], env=here, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["it would not fit", "trained on 5 GiB"]
 

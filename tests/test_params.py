@@ -57,7 +57,7 @@ def fault_lines(path: Path) -> list[str]:
 def test_committed_params_load_as_they_are():
     params = load_params(COMMITTED)
     assert params.model_dump() == VALID
-    assert len(leaves(VALID)) <= 40
+    assert len(leaves(VALID)) <= 44
 
 
 def test_every_knob_says_what_it_is():
@@ -89,6 +89,8 @@ def test_params_are_frozen():
         {"runtime.device": "cuda:1"},
         {"runtime.compile": False},
         {"runtime.processes": 4, "runtime.accumulate": 2},
+        {"runtime.state_seconds": 0},
+        {"runtime.state_seconds": 0.5},
         {"data.folder": "/data"},
         {"data.name": "MNIST", "data.folder": "~/mnist"},
         {"data.name": "tiles.64", "data.folder": "/t", "train.model.attention": [16], "train.model.channels": [8] * 5},
@@ -102,8 +104,8 @@ def test_limits_that_are_allowed(tmp_path, changes):
 
 
 CHANNELS = "should be a list of 1 to 5 multiples of 8, at most 4096"
-CLASSES = "should be all, none or a list of classes by number, the first being 0"
-DEVICE = "should be auto, cpu, cuda, mps or, say, cuda:1"
+CLASSES = "should be all, none or a list of class numbers, which start at 0"
+DEVICE = "should be auto, cpu, mps, cuda or, for example, cuda:1"
 FAULTS: list[tuple[dict[str, object], list[str]]] = [
     # missing, unknown, misplaced
     ({"sample": GONE}, ["sample: missing"]),
@@ -118,8 +120,8 @@ FAULTS: list[tuple[dict[str, object], list[str]]] = [
     ({"train": None}, ["train: null should be a section of keys"]),
     ({"train.model": [1]}, ["train.model: [1] should be a section of keys"]),
     # whole numbers
-    ({"train.steps": "100"}, ["train.steps: '100' is text to YAML; write it as 100"]),
-    ({"train.steps": "1e3"}, ["train.steps: '1e3' is text to YAML; write it as 1000"]),
+    ({"train.steps": "100"}, ["train.steps: YAML reads '100' as text; write it as 100"]),
+    ({"train.steps": "1e3"}, ["train.steps: YAML reads '1e3' as text; write it as 1000"]),
     ({"train.steps": "many\nof them"}, ["train.steps: 'many\\nof them' should be a whole number"]),
     ({"train.steps": True}, ["train.steps: true should be a whole number"]),
     ({"train.steps": 100.0}, ["train.steps: 100.0 should be a whole number"]),
@@ -139,7 +141,7 @@ FAULTS: list[tuple[dict[str, object], list[str]]] = [
     ({"sample.count": 9}, ["sample.count: 9 should be at least 10"]),
     ({"train.diffusion.timesteps": 1}, ["train.diffusion.timesteps: 1 should be at least 4"]),
     # numbers
-    ({"train.learning_rate": "2e-4"}, ["train.learning_rate: '2e-4' is text to YAML; write it as 0.0002"]),
+    ({"train.learning_rate": "2e-4"}, ["train.learning_rate: YAML reads '2e-4' as text; write it as 0.0002"]),
     ({"train.learning_rate": "1e-300"}, ["train.learning_rate: '1e-300' should be a number"]),
     ({"train.learning_rate": "fast"}, ["train.learning_rate: 'fast' should be a number"]),
     ({"train.learning_rate": True}, ["train.learning_rate: true should be a number"]),
@@ -162,6 +164,9 @@ FAULTS: list[tuple[dict[str, object], list[str]]] = [
     ({"runtime.processes": 0}, ["runtime.processes: 0 should be at least 1"]),
     ({"runtime.processes": "all"}, ["runtime.processes: 'all' should be a whole number"]),
     ({"runtime.accumulate": 0}, ["runtime.accumulate: 0 should be at least 1"]),
+    ({"runtime.state_seconds": -1}, ["runtime.state_seconds: -1 should be at least 0"]),
+    ({"runtime.state_seconds": True}, ["runtime.state_seconds: true should be a number"]),
+    ({"runtime.state_seconds": "1m"}, ["runtime.state_seconds: '1m' should be a number"]),
     ({"runtime.deterministic": 1}, ["runtime.deterministic: 1 should be true or false"]),
     ({"runtime.require_mlflow": "no"}, ["runtime.require_mlflow: 'no' should be true or false"]),
     ({"runtime.device": "gpu"}, [f"runtime.device: 'gpu' {DEVICE}"]),
@@ -180,7 +185,7 @@ FAULTS: list[tuple[dict[str, object], list[str]]] = [
     ({"train.model.channels": [8] * 3}, ["train.model.channels: 3 levels would halve 14×14 pixels unevenly; use fewer"]),
     ({"train.model.attention": [8]}, ["train.model.attention: no level has resolution 8; there are [14, 7]"]),
     ({"train.model.attention": 7}, ["train.model.attention: 7 should be a list"]),
-    ({"train.model.attention": ["7"]}, ["train.model.attention.0: '7' is text to YAML; write it as 7"]),
+    ({"train.model.attention": ["7"]}, ["train.model.attention.0: YAML reads '7' as text; write it as 7"]),
     ({"train.model.heads": 5}, ["train.model.heads: 5 heads don't divide 96 channels evenly"]),
     ({"train.model.heads": 5, "train.model.attention": []}, ["train.model.heads: 5 heads don't divide 96 channels evenly"]),
     ({"train.model.heads": 0}, ["train.model.heads: 0 should be at least 1"]),
@@ -208,7 +213,7 @@ FAULTS: list[tuple[dict[str, object], list[str]]] = [
         {"train.label_dropout": 1},
         ["sample.classes: train.label_dropout: 1 makes a model without classes; set sample.classes: none"],
     ),
-    # several at once: a line each, in the file's order
+    # several at once: one line each, in the order of the file
     (
         {"train.steps": 0, "sample.samplr": "ddim", "runtime.device": "tpu"},
         [
@@ -230,7 +235,7 @@ def test_a_line_for_each_fault(tmp_path, changes, lines):
 def test_exponent_without_a_point_as_a_person_writes_it(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(re.sub(r"learning_rate: [\d.]+", "learning_rate: 2e-4", COMMITTED.read_text()))
-    assert fault_lines(path) == ["train.learning_rate: '2e-4' is text to YAML; write it as 0.0002"]
+    assert fault_lines(path) == ["train.learning_rate: YAML reads '2e-4' as text; write it as 0.0002"]
 
 
 SECTIONS = "has no sections; it needs data, train, sample, evaluate, runtime"
@@ -245,7 +250,7 @@ UNREADABLE = "not YAML (unreadable characters or values)"
         (b"- train\n- sample\n", SECTIONS),
         (b"train:\n  steps: 1\n  seed: 0: 1\n", ", line 3: not YAML (mapping values are not allowed here)"),
         (b"train:\n\tsteps: 1\n", ", line 2: not YAML (found character '\\t' that cannot start any token)"),
-        (b"train:\n  steps: 1\n  seed: 0\n  steps: 2\n", ", line 4: not YAML (the key steps a second time)"),
+        (b"train:\n  steps: 1\n  seed: 0\n  steps: 2\n", ", line 4: not YAML (duplicate key steps)"),
         (b"a: 1\n? [b]\n: 1\n", ", line 2: not YAML (found unhashable key)"),
         (b"train: 1\n---\nsample: 1\n", ", line 2: not YAML (but found another document)"),
         (b"train: !colour red\n", ", line 1: not YAML (could not determine a constructor for the tag '!colour')"),
@@ -359,7 +364,26 @@ def test_a_signal_in_an_import_or_in_the_collection_of_garbage(tmp_path, code, s
         "print('the whole library', flush=True)\n"
     )
     block = textwrap.indent(f"{code}\ntime.sleep(20)\n", "    ")
-    program = f"import signal, time\nfrom ddpm.params import clean_errors\nwith clean_errors():\n{block}"
+    program = f"import signal, time\nfrom ddpm.runtime.cli import clean_errors\nwith clean_errors():\n{block}"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(tmp_path)])}
     ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (143, said, "stopped; the same command goes on\n")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (143, said, "Stopped. Run the same command again to resume.\n")
+
+
+def test_a_second_ctrl_c_ends_the_program_at_once_but_lets_an_import_complete(tmp_path):
+    (tmp_path / "library.py").write_text(
+        "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(0.2)\nprint('the whole library', flush=True)\n"
+    )
+    program = """
+import signal, time
+from ddpm.runtime.cli import clean_errors, stop_signals
+with clean_errors(), stop_signals() as received:
+    signal.raise_signal(signal.SIGINT)
+    print(received, flush=True)
+    import library
+    time.sleep(20)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(tmp_path)])}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    said = "[2]\nthe whole library\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, said, "Stopped. Run the same command again to resume.\n")

@@ -23,44 +23,11 @@ from PIL import Image
 from torchvision.datasets import FashionMNIST
 
 import crash
-from crash import edit_params
+from clones import edit_params
 from ddpm.training.state import load_state
+from helpers import mlflow_runs, run, stages_run, start
 
 pytestmark = pytest.mark.pipeline
-ENVIRONMENT = {**crash.environment(), "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}  # the preset is over before the usual ten
-
-
-def run(clone: Path, *command: str) -> str:
-    done = subprocess.run(command, cwd=clone, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def start(clone: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, *arguments]
-    return subprocess.Popen(command, cwd=clone, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def stages_run(output: str) -> list[str]:
-    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
-
-
-def mlflow_runs(clone: Path, stage: str) -> list:
-    """Runs of a stage, oldest first."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{clone / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("fashion-mnist-ddpm")
-    return client.search_runs([experiment.experiment_id], f"tags.stage = '{stage}'", order_by=["attributes.start_time ASC"])
-
-
-def smoke_clone(folder: Path, data: Path) -> Path:
-    """A fresh clone of the committed tree with this tree's edits, and the smoke preset committed."""
-    clone = crash.clone(folder)
-    edit_params(clone, {"data": {"folder": str(data)}})
-    run(clone, "git", "add", "--all")
-    run(clone, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "smoke preset")
-    return clone
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +140,8 @@ def test_forced_repro_gives_the_same_bytes(clone: Path, forced: tuple[str, list[
 @pytest.mark.parametrize(
     ("stage", "number", "status", "last"),
     [
-        ("train", signal.SIGTERM, 143, r"stopped after step \d+; the same command goes on from there"),
-        ("sample", signal.SIGINT, 130, "stopped; the same command goes on"),
+        ("train", signal.SIGTERM, 143, r"Stopped after step \d+\. Run the same command again to resume\."),
+        ("sample", signal.SIGINT, 130, r"Stopped\. Run the same command again to resume\."),
     ],
 )
 def test_a_stopped_stage_says_how_to_go_on_and_does(clone: Path, stage: str, number: int, status: int, last: str) -> None:

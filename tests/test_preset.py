@@ -1,19 +1,16 @@
 """Presets: each is valid on top of the committed params, and applying one changes values and nothing else."""
 
-import io
 import re
 import shutil
 import subprocess
 import sys
-from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import yaml
 
-import preset as program
 from ddpm.errors import UserError
-from ddpm.params_file import load_params
+from ddpm.params_file import apply_preset, load_params
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
@@ -21,25 +18,17 @@ COMMENT = re.compile(r"#.*")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch) -> Path:
     shutil.copytree(ROOT / "presets", tmp_path / "presets")
     shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def preset(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """What the program does, in this process: importing all that it imports takes seconds."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with chdir(folder), redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["preset.py", *arguments])
-        try:
-            program.main()
-        except UserError as error:
-            err.write(f"error: {error}\n")
-            status = 1
-        except SystemExit as ended:
-            status = ended.code
-    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+    """What the command does. Its imports take seconds, so only the tests of the command itself use it."""
+    command = [sys.executable, ROOT / "src/preset.py", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
 def leaves(section: dict, prefix: str = "") -> dict[str, object]:
@@ -56,13 +45,12 @@ def values(path: Path) -> dict[str, object]:
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_changes_its_values_and_says_so(folder, path):
     before = (folder / "params.yaml").read_text()
-    done = preset(folder, path.stem)
-    assert (done.returncode, done.stderr) == (0, "")
+    lines = apply_preset(path.stem)
     load_params(folder / "params.yaml")
     was, wanted = values(ROOT / "params.yaml"), values(path)
     assert wanted.keys() <= was.keys()
     assert values(folder / "params.yaml") == {**was, **wanted}
-    said = {line.partition(":")[0] for line in done.stdout.splitlines()}
+    said = {line.partition(":")[0] for line in lines}
     assert said == {key for key in wanted if was[key] != wanted[key]}
 
     after = (folder / "params.yaml").read_text()
@@ -70,8 +58,20 @@ def test_a_preset_changes_its_values_and_says_so(folder, path):
     changed = [pair for pair in zip(before.splitlines(), after.splitlines(), strict=True) if pair[0] != pair[1]]
     assert len(changed) == len(said)
 
-    assert preset(folder, path.stem).stdout == f"params.yaml has the values of {path.stem} already\n"
+    assert apply_preset(path.stem) == []
     assert (folder / "params.yaml").read_text() == after
+
+
+def test_the_command_prints_what_changed(folder):
+    done = preset(folder, "smoke")
+    assert (done.returncode, done.stderr) == (0, "")
+    after = (folder / "params.yaml").read_text()
+    shutil.copy(ROOT / "params.yaml", folder)
+    *changes, next_steps = done.stdout.splitlines()
+    assert changes == apply_preset("smoke")
+    assert next_steps.startswith("Next: `dvc repro`")
+    assert (folder / "params.yaml").read_text() == after
+    assert preset(folder, "smoke").stdout == "params.yaml has the values of smoke already\n"
 
 
 def test_an_unknown_preset_is_named_beside_those_there_are(folder):
@@ -99,7 +99,16 @@ def test_an_unknown_preset_is_named_beside_those_there_are(folder):
 def test_a_preset_that_does_not_fit_changes_nothing(folder, content, fault):
     (folder / "presets/bad.yaml").write_text(content)
     before = (folder / "params.yaml").read_bytes()
+    with pytest.raises(UserError) as caught:
+        apply_preset("bad")
+    assert str(caught.value).startswith(f"presets/bad.yaml{fault}")
+    assert (folder / "params.yaml").read_bytes() == before
+
+
+def test_the_command_says_in_one_line_what_is_wrong_with_a_preset(folder):
+    (folder / "presets/bad.yaml").write_text("train:\n  steps: -1\n")
+    before = (folder / "params.yaml").read_bytes()
     done = preset(folder, "bad")
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: presets/bad.yaml{fault}")
+    assert done.stderr.startswith("error: presets/bad.yaml: train.steps: -1 should be")
     assert (folder / "params.yaml").read_bytes() == before

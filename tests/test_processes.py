@@ -15,9 +15,9 @@ import mlflow
 import psutil
 import pytest
 
-from crash import edit_params
+from clones import edit_params
 from ddpm.training.state import load_state
-from test_pipeline import ENVIRONMENT, mlflow_runs, start
+from helpers import ENVIRONMENT, mlflow_runs, start
 
 pytestmark = pytest.mark.pipeline
 STEPS = 200  # of that run
@@ -61,18 +61,18 @@ def first_step(errors: str) -> int:
     return int(re.search(rf"(\d+)/{STEPS} ", errors)[1])
 
 
-LOST = "error: process {} of 2 was killed by SIGKILL, and all were ended; the same command goes on from the last saved state"
+RESUME = "Run the same command again to resume from the last saved state."
+LOST = f"error: process {{}} of 2 was killed by SIGKILL, and the others were stopped. {RESUME}"
 
 
 def test_whatever_ends_one_process_ends_all_and_the_same_command_goes_on(clone: Path) -> None:
     edit_params(clone, {"train": {"seed": 1}, "runtime": {"processes": 2}})
-    goes_on = "stopped; the same command goes on from the last saved state"
     reached, run_id = 0, None
     for victim, number, status, told in (
         (1, signal.SIGKILL, 1, LOST.format(1)),
         (0, signal.SIGKILL, 1, LOST.format(0)),
         ("launcher", signal.SIGKILL, -signal.SIGKILL, None),
-        ("launcher", signal.SIGTERM, 128 + signal.SIGTERM, goes_on),
+        ("launcher", signal.SIGTERM, 128 + signal.SIGTERM, f"Stopped. {RESUME}"),
     ):
         process = start(clone, "src/train.py")
         workers = after_a_state(process, clone)
@@ -121,7 +121,7 @@ def test_what_is_wrong_is_told_once(clone: Path) -> None:
         [sys.executable, "src/train.py"], cwd=clone, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    mend = "mend that, or set runtime.require_mlflow: false"
+    mend = "fix the connection, or set runtime.require_mlflow: false"
     assert done.stderr == f"error: MLflow at http://127.0.0.1:9: Connection refused; {mend}\n"
     (clone / "params.yaml").write_text(before)
 

@@ -98,7 +98,7 @@ def test_edited_files_are_named_but_not_what_runs_change(repository):
     (repository / "params.yaml").write_text("{}")
     tags = describe("train", PARAMS)[1]
     assert tags["git_dirty"] == "true"
-    assert re.findall(r"has them: (.*)", tags["mlflow.note.content"]) == ["`code.py`"]
+    assert re.findall(r"Uncommitted edits: (.*)", tags["mlflow.note.content"]) == ["`code.py`"]
 
 
 def test_outside_a_repository_it_says_so(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def made(tmp_path_factory, fashion_mnist) -> Path:
     for name in ABSENT:
         (absent / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name='{name}')\n")
     publish.copy(ROOT, repository)
-    command = [sys.executable, "bench/publish.py", "make", out, "--preset", "smoke", "--count", "100", "--data", fashion_mnist]
+    command = [sys.executable, "release/publish.py", "make", out, "--preset", "smoke", "--count", "100", "--data", fashion_mnist]
     environment = {**os.environ, "PYTHONPATH": str(absent)}
 
     options = {"cwd": repository, "env": environment, "text": True}
@@ -68,6 +68,13 @@ def test_the_first_of_many_samples_serve_as_fewer(tmp_path):
         assert archive["checkpoint_sha256"] == digest
     (tmp_path / "models/diffusion_model.pth").write_bytes(b"another")
     assert not work.keep_first(2)
+
+
+def test_the_copy_and_its_fingerprint_cover_every_file_of_the_library(tmp_path):
+    library = {path.relative_to(ROOT) for path in (ROOT / "src/ddpm").rglob("*.py")}
+    publish.copy(ROOT, tmp_path)
+    assert library <= {path.relative_to(tmp_path) for path in tmp_path.rglob("*.py")}
+    assert library <= {path.relative_to(ROOT) for path in publish.code_files()}
 
 
 def test_all_of_it_is_there_and_small(made):
@@ -106,7 +113,7 @@ def test_the_journals_are_of_three_runs_without_the_model(made):
 
 def test_a_checkout_takes_it(made, tmp_path):
     publish.copy(ROOT, tmp_path)
-    take = [sys.executable, "bench/publish.py", "take", made]
+    take = [sys.executable, "release/publish.py", "take", made]
     done = subprocess.run(take, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "not measured yet: `python bench/run.py --full guidance classes cas` does it"
     assert "Ankle boot" not in (tmp_path / "docs/RESULTS.md").read_text()  # what is told of classes was another model's
@@ -121,7 +128,7 @@ def test_a_checkout_takes_it(made, tmp_path):
     content = (damaged / "fashion_ddpm.pth").read_bytes()
     (damaged / "fashion_ddpm.pth").write_bytes(content[:-1])
     done = subprocess.run(
-        [sys.executable, "bench/publish.py", "take", damaged], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "release/publish.py", "take", damaged], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"error: {damaged}/fashion_ddpm.pth: not the file that ")

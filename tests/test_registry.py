@@ -9,7 +9,7 @@ from ddpm.errors import UserError
 from ddpm.params import SampleParams
 from ddpm.tracking import run as runs
 from ddpm.tracking.connection import tracking_uri
-from ddpm.tracking.registry import CHAMPION, MODEL, champion
+from ddpm.tracking.registry import CHAMPION, MODEL_NAME, champion
 from ddpm.tracking.run import start_run
 
 SAMPLING = {
@@ -58,11 +58,11 @@ def evaluate(root: Path, name: str, fid: float, samples: int = 1000, evaluator: 
 
 def versions(client) -> dict[str, str]:
     """Checkpoint and FID of each."""
-    return {v.tags["checkpoint_sha256"]: v.tags["fid"] for v in client.search_model_versions(f"name = '{MODEL}'")}
+    return {v.tags["checkpoint_sha256"]: v.tags["fid"] for v in client.search_model_versions(f"name = '{MODEL_NAME}'")}
 
 
 def best(client) -> str:
-    return client.get_model_version_by_alias(MODEL, CHAMPION).tags["checkpoint_sha256"]
+    return client.get_model_version_by_alias(MODEL_NAME, CHAMPION).tags["checkpoint_sha256"]
 
 
 def test_without_a_store_or_a_champion_there_is_none_and_none_is_made(tmp_path, root, client):
@@ -79,11 +79,11 @@ def test_a_checkpoint_is_one_version_with_its_best_evaluation(root, client):
     assert versions(client) == {"one": "0.5"}
     evaluate(root, "one", 0.4, steps=9)
     assert versions(client) == {"one": "0.4"}
-    (version,) = client.search_model_versions(f"name = '{MODEL}'")
+    (version,) = client.search_model_versions(f"name = '{MODEL_NAME}'")
     assert client.get_run(version.tags["evaluation"]).data.metrics["eval/fid"] == 0.4
     assert version.description.startswith("FID 0.4 of 1000 samples; evaluate ")
     name, path, sampling = champion(root)
-    assert name == f"{MODEL}, version 1"
+    assert name == f"{MODEL_NAME}, version 1"
     assert path.read_text() == "one"
     assert sampling == SampleParams.model_validate({**SAMPLING, "steps": 9})
 
@@ -111,7 +111,7 @@ def test_the_version_belongs_to_the_training_that_made_the_checkpoint(root, clie
     with start_run("train", {}, root, root / ".resume" / "parent") as run:
         run.tags({"checkpoint_sha256": "child"})
     evaluate(root, "child", 0.5)
-    (version,) = client.search_model_versions(f"name = '{MODEL}'")
+    (version,) = client.search_model_versions(f"name = '{MODEL_NAME}'")
     owner = client.get_run(version.run_id)
     assert owner.data.tags["stage"] == "train"
     assert owner.info.status == "FINISHED"
@@ -151,7 +151,7 @@ def test_interrupted_half_way_it_is_completed(root, client, monkeypatch, call, g
     monkeypatch.undo()
     assert not remaining[1], "never called"
     assert versions(client) == {"torn": "0.5"}
-    (version,) = client.search_model_versions(f"name = '{MODEL}'")
+    (version,) = client.search_model_versions(f"name = '{MODEL_NAME}'")
     assert best(client) == "torn"
     assert client.get_run(version.tags["evaluation"]).data.metrics["eval/fid"] == 0.5
     assert version.description.startswith("FID 0.5 of 1000 samples; ")
@@ -159,19 +159,21 @@ def test_interrupted_half_way_it_is_completed(root, client, monkeypatch, call, g
 
 
 def test_a_champion_of_somebody_elses_holds_nobody_up(root, client):
-    client.create_registered_model(MODEL)
-    client.create_model_version(MODEL, (root / "elsewhere").as_uri())
-    client.set_registered_model_alias(MODEL, CHAMPION, 1)
-    with pytest.raises(UserError, match=r"version 1, the champion, was not registered by this version of the pipeline; `python"):
+    client.create_registered_model(MODEL_NAME)
+    client.create_model_version(MODEL_NAME, (root / "elsewhere").as_uri())
+    client.set_registered_model_alias(MODEL_NAME, CHAMPION, 1)
+    with pytest.raises(
+        UserError, match=r"version 1\) was not registered by this version of the pipeline; to serve a file instead: `python"
+    ):
         champion(root)
     evaluate(root, "ours", 0.5)
-    assert client.get_model_version_by_alias(MODEL, CHAMPION).version == 1
-    assert client.get_model_version(MODEL, 2).tags["checkpoint_sha256"] == "ours"
+    assert client.get_model_version_by_alias(MODEL_NAME, CHAMPION).version == 1
+    assert client.get_model_version(MODEL_NAME, 2).tags["checkpoint_sha256"] == "ours"
 
 
 def test_a_version_whose_run_was_deleted_is_made_anew(root, client):
     evaluate(root, "lost", 0.5)
-    (version,) = client.search_model_versions(f"name = '{MODEL}'")
+    (version,) = client.search_model_versions(f"name = '{MODEL_NAME}'")
     client.delete_run(version.run_id)
     evaluate(root, "lost", 0.6)
     assert versions(client) == {"lost": "0.6"}
@@ -182,7 +184,9 @@ def test_a_version_whose_run_was_deleted_is_made_anew(root, client):
 def test_a_damaged_store_is_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it, where a store was opened
     (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
-    with pytest.raises(UserError, match=r"^MLflow at sqlite:.*; `python src/serve.py models/diffusion_model.pth` serves a file$"):
+    with pytest.raises(
+        UserError, match=r"^MLflow at sqlite:.*; to serve a file instead: `python src/serve.py models/diffusion_model.pth`$"
+    ):
         champion(tmp_path)
 
 

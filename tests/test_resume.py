@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,14 @@ def test_the_code_is_the_projects_that_is_imported_and_changes_results():
     )
     assert not any(name.startswith("ddpm/tracking/") for name in own)
     assert own == sorted(own)
+
+
+def test_the_script_of_a_stage_is_part_of_the_code(monkeypatch):
+    script = types.ModuleType("script")
+    script.__file__ = str(SRC / "train.py")
+    assert SRC / "train.py" not in imported_source()
+    monkeypatch.setitem(sys.modules, "script", script)
+    assert SRC / "train.py" in imported_source()
 
 
 HOLDER = """
@@ -92,7 +101,8 @@ def test_what_a_killed_run_left_is_gone_on_with_first(tmp_path):
 
 def test_nobody_touches_a_folder_that_a_run_holds(tmp_path):
     folder = tmp_path / "abc"
-    with run_folder(folder), pytest.raises(UserError, match=rf"^{folder}: its run is under way$"), lock_folder(folder):
+    line = f"{folder}: another process is still running this"
+    with run_folder(folder), pytest.raises(UserError, match=f"^{line}$"), lock_folder(folder):
         pass
     with lock_folder(folder), run_folder(folder) as another:
         assert another.name == "abc-2"
@@ -125,7 +135,7 @@ def test_states_that_nobody_went_on_from_are_removed_in_the_end(tmp_path, capsys
     finally:
         holder.kill()
         holder.communicate()
-    said = [f"removed the states in {state.parent}: nobody went on with that run for {KEPT_DAYS} days" for state in old]
+    said = [f"removed the states in {state.parent}: that run was not resumed for {KEPT_DAYS} days" for state in old]
     assert sorted(capsys.readouterr().err.splitlines()) == sorted(said)
 
 
@@ -175,7 +185,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(tmp_path, capsys, damage):
     newest = states(tmp_path)[-1]
     newest.write_bytes(damage(newest.read_bytes()))
     assert load_state(tmp_path)["step"] == 10
-    assert capsys.readouterr().err == f"warning: {newest} is damaged; falling back to the state before it\n"
+    assert capsys.readouterr().err == f"warning: {newest} is corrupt; falling back to the state before it\n"
 
     oldest = states(tmp_path)[0]
     oldest.write_bytes(damage(oldest.read_bytes()))

@@ -13,7 +13,7 @@ from ddpm.diffusion.rng import ImageNoise, seeded_rng
 from ddpm.diffusion.samplers import ddim, ddpm, dpmpp_2m, guided_denoiser, iter_samples, spaced_timesteps
 from ddpm.diffusion.schedule import alphas_cumprod
 from ddpm.diffusion.unet import UNet
-from test_diffusion import noise_in
+from helpers import noise_in
 
 CPU = torch.device("cpu")
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}

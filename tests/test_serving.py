@@ -15,14 +15,14 @@ import requests
 import torch
 from PIL import Image
 
-import sample
-from conftest import free_port
 from ddpm.data.fashion_mnist import CLASSES
 from ddpm.errors import UserError
 from ddpm.params import SampleParams
 from ddpm.params_file import load_params
+from ddpm.sampling.batches import draw_images
 from ddpm.sampling.pipeline import Pipeline
 from ddpm.serving.requests import Request, class_numbers, respond
+from helpers import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLING = load_params(ROOT / "params.yaml").sample
@@ -31,8 +31,8 @@ BAD = [  # of a query, and what is said of it
     ("classes=T-shirt", "classes: ['T-shirt'] should be a list of classes, by name or number; did you mean T-shirt/top?"),
     ("classes=Bagg", "classes: ['Bagg'] should be a list of classes, by name or number; did you mean Bag?"),
     ("classes=10", "classes: ['10'] should be a list of classes, by name or number; "),
-    ("classes=", "classes: [''] should be a list of classes, by name or number; there are T-shirt/top, Trouser, "),
-    ("classes=Bag,Shirt", "classes: ['Bag,Shirt'] should be a list of classes, by name or number; one in each"),
+    ("classes=", "classes: [''] should be a list of classes, by name or number; the classes are T-shirt/top, Tr"),
+    ("classes=Bag,Shirt", "classes: ['Bag,Shirt'] should be a list of classes, by name or number; give each class by itself"),
     ("count=0", "count: '0' should be at least 1"),
     ("count=501", "count: '501' should be at most 500"),
     ("count=x", "count: 'x' should be a whole number"),
@@ -112,8 +112,8 @@ def pixels(png: bytes) -> np.ndarray:
 def drawn_by_the_stage(model: Path, folder: Path, count: int, **changes) -> np.ndarray:
     p = SAMPLING.model_copy(update=changes)
     folder.mkdir()
-    images, _, _ = sample.draw(Pipeline(model, torch.device("cpu")), p.model_copy(update={"count": count}), folder)
-    return images.numpy().astype(int)
+    drawn = draw_images(Pipeline(model, torch.device("cpu")), p.model_copy(update={"count": count}), folder)
+    return drawn.images.numpy().astype(int)
 
 
 def test_the_same_seed_gives_the_same_pictures_as_the_stage(server, random_model, tmp_path):
@@ -202,7 +202,7 @@ def test_eight_clients_at_once_get_what_each_would_get_alone(server):
     ("arguments", "message"),
     [
         (["nowhere.pth"], f"error: nowhere.pth: there is no such file; {REMEDY}\n"),
-        (["params.yaml"], f"error: params.yaml: damaged, or not a file of weights alone; {REMEDY} anew\n"),
+        (["params.yaml"], f"error: params.yaml: corrupt, or not a plain weights file; {REMEDY}\n"),
     ],
 )
 def test_it_does_not_start_without_a_model(arguments, message):

@@ -18,13 +18,10 @@ import pytest
 import requests
 
 import crash
-import ui
-from conftest import free_port
 from ddpm.errors import UserError
 from ddpm.files import file_sha256
 from ddpm.tracking.run import ship
-from test_pipeline import ENVIRONMENT, run, stages_run
-from test_tracking import ROOT, Server, artifacts, python, runs
+from helpers import ENVIRONMENT, ROOT, Server, artifacts, free_port, python, run, runs, stages_run
 
 SECTION = (ROOT / "docs/OPERATIONS.md").read_text().partition("## A team's stores")[2]
 POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name), default=None)
@@ -181,8 +178,8 @@ def test_strangers_are_refused_and_told_and_what_they_did_ships_later(server: Se
         assert answer.status_code == status
 
     address = {"MLFLOW_TRACKING_URI": server.address}
-    unknown = "it knows no such user and password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    lacking = "the user in MLFLOW_TRACKING_USERNAME may not do this there; its administrator can permit it"
+    unknown = "login failed; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    lacking = "the user in MLFLOW_TRACKING_USERNAME lacks the permission; ask the server's administrator for it"
     strangers = [
         ({}, unknown),
         (ADA | {"MLFLOW_TRACKING_PASSWORD": "wrong"}, unknown),
@@ -194,9 +191,9 @@ def test_strangers_are_refused_and_told_and_what_they_did_ships_later(server: Se
         assert process.returncode == 0
         (kept,) = (tmp_path / f"{n}/.resume").glob("unshipped-*/")
         assert errors.splitlines() == [
-            f"warning: MLflow at {server.address}: {why}; the run goes on, and MLflow gets everything once it answers",
-            f"warning: MLflow at {server.address} has not taken all of this run ({why}); "
-            f"it is kept, and `python src/ship.py {kept}` ships it",
+            f"warning: MLflow at {server.address}: {why}; the run continues and sends everything once the server answers",
+            f"warning: MLflow at {server.address} has not received all of this run ({why}); "
+            f"it is kept, and `python src/ship.py {kept}` sends it",
         ]
     assert runs(client, "tags.marker = 'refused'") == []
 
@@ -212,22 +209,20 @@ def test_strangers_are_refused_and_told_and_what_they_did_ships_later(server: Se
 
 
 @needs_postgres
-def test_make_ui_says_where_the_teams_runs_are(server: Server, client, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["ui.py"])
-    for name, value in ADA.items():
-        monkeypatch.setenv(name, value)
-    ui.main()
+def test_make_ui_says_where_the_teams_runs_are(server: Server, client) -> None:
+    def ui(address: str, **user: str) -> subprocess.CompletedProcess:
+        environment = ENVIRONMENT | {"MLFLOW_TRACKING_URI": address} | user
+        return subprocess.run([sys.executable, "src/ui.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
+
     number = client.get_experiment_by_name("fashion-mnist-ddpm").experiment_id
     page = f"{server.address}/#/experiments/{number}/runs?workflowType=machine_learning\n"
-    assert capsys.readouterr().out == page
+    assert ui(server.address, **ADA).stdout == page
 
-    for name in ADA:
-        monkeypatch.delenv(name)
-    with pytest.raises(UserError, match=f"^MLflow at {server.address}: it knows no such user and password; set MLFLOW_"):
-        ui.main()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address.replace("//", "//ada:password%20of%20ada@"))
-    ui.main()
-    assert capsys.readouterr().out == page  # without the password
+    stranger = ui(server.address)
+    assert stranger.returncode == 1
+    assert stranger.stderr.startswith(f"error: MLflow at {server.address}: login failed; set MLFLOW_")
+    told = ui(server.address.replace("//", "//ada:password%20of%20ada@"))
+    assert told.stdout == page  # without the password
 
 
 @pytest.fixture(scope="module")

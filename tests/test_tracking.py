@@ -1,7 +1,6 @@
 """Tracking against real MLflow stores: what a run leaves there, however it ends and whatever the store does meanwhile."""
 
 import errno
-import io
 import json
 import os
 import random
@@ -13,39 +12,27 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import ship
-from conftest import free_port
 from ddpm.errors import Stopped, UserError
-from ddpm.runtime.run_folder import lock_folder
+from ddpm.runtime.run_folder import lock_folder, remove_states
 from ddpm.tracking import connection, store
 from ddpm.tracking import run as runs_module
 from ddpm.tracking.connection import tracking_uri
 from ddpm.tracking.journal import Journal
 from ddpm.tracking.run import Run
+from helpers import TRACKING_ENVIRONMENT, TRACKING_VARIABLES, Server, artifacts, free_port, picture, python, runs
 
 ROOT = Path(__file__).resolve().parents[1]
-SRC = ROOT / "src"
-PARAMS = {"train": {"steps": 40, "model": {"channels": [8, 16]}, "gamma": None}, "runtime": {"device": "cpu"}}
-VARIABLES = (
-    *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"),
-    *("DVC_EXP_NAME", "DVC_ROOT"),
-)
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in VARIABLES} | {
-    "PYTHONPATH": str(SRC),
-    "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2",
-    "OMP_NUM_THREADS": "1",
-}
 
 
 def head_commit() -> str:
@@ -59,16 +46,9 @@ HEAD = head_commit()
 @pytest.fixture(scope="module", autouse=True)
 def environment():
     with pytest.MonkeyPatch.context() as patch:
-        for name in VARIABLES:
+        for name in TRACKING_VARIABLES:
             patch.delenv(name, raising=False)
         yield
-
-
-def python(script: str, *arguments: object, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
 
 
 @contextmanager
@@ -78,13 +58,6 @@ def start_run(stage: str, params: dict, root: Path, folder: Path | None = None, 
         yield run
 
 
-def picture(seed: int) -> bytes:
-    """A PNG of noise."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30), np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 WHOLE_RUN = """
 import os, sys, time
 from pathlib import Path
@@ -92,8 +65,8 @@ from pathlib import Path
 import torch  # as in the real stages, before the run starts
 from ddpm.tracking.run import start_run
 
-sys.path.insert(0, "tests")
-from test_tracking import PARAMS, picture
+sys.path.append("tests")
+from helpers import PARAMS, picture
 
 root, files = Path(sys.argv[1]), Path(sys.argv[2])
 files.mkdir()
@@ -125,8 +98,8 @@ import os, signal, sys, time
 from pathlib import Path
 from ddpm.tracking.run import start_run
 
-sys.path.insert(0, "tests")
-from test_tracking import PARAMS, picture
+sys.path.append("tests")
+from helpers import PARAMS, picture
 
 root = Path(sys.argv[1])
 with start_run("train", PARAMS, root, root / ".resume" / "killed") as run:
@@ -176,12 +149,6 @@ def client(root):
     return mlflow.MlflowClient(tracking_uri(root))
 
 
-def runs(client, condition: str, experiment: str = connection.EXPERIMENT) -> list:
-    """Newest first."""
-    experiment = client.get_experiment_by_name(experiment)
-    return client.search_runs([experiment.experiment_id], condition, order_by=["attributes.start_time DESC"])
-
-
 def one(client, condition: str, experiment: str = connection.EXPERIMENT):
     (run,) = runs(client, condition, experiment)
     return run
@@ -189,10 +156,6 @@ def one(client, condition: str, experiment: str = connection.EXPERIMENT):
 
 def history(client, run, name: str) -> list[tuple[int, float]]:
     return sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, name))
-
-
-def artifacts(client, run, folder: str | None = None) -> list[str]:
-    return [file.path for file in client.list_artifacts(run.info.run_id, folder)]
 
 
 def previews(client, run) -> list[int]:
@@ -254,6 +217,17 @@ def test_tracking_uri(monkeypatch, variable, expected):
     if variable is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
     assert tracking_uri(Path("/somewhere")) == expected
+
+
+def test_mlflow_neither_calls_home_nor_waits_for_a_dead_server():
+    """Its defaults are set before it is imported, by the module that all others import first."""
+    program = "import os, sys; import ddpm.tracking.connection as c; assert 'mlflow' not in sys.modules; print(dict(os.environ))"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")} | {
+        "PYTHONPATH": str(ROOT / "src")
+    }
+    done = subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=True)
+    for setting in ("DISABLE_TELEMETRY': 'true", "HTTP_REQUEST_MAX_RETRIES': '0", "HTTP_REQUEST_TIMEOUT': '5"):
+        assert f"'MLFLOW_{setting}'" in done.stdout
 
 
 def test_a_finished_run_is_all_in_the_store(root, client):
@@ -441,7 +415,8 @@ def test_a_run_killed_between_its_end_and_its_cleanup_stays_one_run(root, client
 
     folder = root / ".resume" / "last"
     monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(Stopped), start_run("train", {}, root, folder) as run:
+    remove = partial(remove_states, folder)
+    with pytest.raises(Stopped), start_run("train", {}, root, folder, on_finished=remove) as run:
         (folder / "state-00000010.pt").write_bytes(b"state")
         run.metrics(1, {"train/loss": 1.0})
         run.tags({"marker": "last"})
@@ -487,7 +462,7 @@ def test_shipping_an_interrupted_runs_journal_keeps_what_resuming_needs(root, cl
         run.metrics(1, {"train/loss": 1.0})
         run.tags({"marker": "interrupted"})
         raise KeyboardInterrupt
-    with lock_folder(folder), pytest.raises(UserError, match=f"^{folder}: its run is under way$"):
+    with lock_folder(folder), pytest.raises(UserError, match=f"^{folder}: another process is still running this$"):
         runs_module.ship(folder, root)
     runs_module.ship(folder, root)
     assert (folder / "state-00000010.pt").read_bytes() == b"state"
@@ -516,15 +491,17 @@ def test_a_run_lost_before_it_had_a_journal_leaves_none(tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("/nowhere", "/nowhere: holds no journal.jsonl; it has been shipped, or is another folder than the warning named"),
-        (str(ROOT / "README.md"), f"{ROOT / 'README.md'}: no archive of runs, or damaged"),
+        (
+            "/nowhere",
+            "/nowhere: contains no journal.jsonl; either it was already sent, or the run's warning named another folder",
+        ),
+        (str(ROOT / "README.md"), f"{ROOT / 'README.md'}: corrupt, or not a zip archive of runs"),
     ],
 )
-def test_shipping_what_is_no_journal(monkeypatch, path, message):
-    monkeypatch.setattr(sys, "argv", ["ship.py", path])
-    with pytest.raises(UserError) as caught:
-        ship.main()
-    assert str(caught.value) == message
+def test_shipping_what_is_no_journal(path, message):
+    command = [sys.executable, "src/ship.py", path]
+    done = subprocess.run(command, cwd=ROOT, env=TRACKING_ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, f"error: {message}\n")
 
 
 def test_entries_may_be_appended_while_leading_metrics_are_taken():
@@ -621,17 +598,17 @@ def test_an_unreachable_server_delays_nothing_and_gets_everything_later(root, of
     assert block < 5
     assert ending < 20
     warning = errors.strip().splitlines()[-1]
-    assert warning.startswith(f"warning: MLflow at {address} has not taken all of this run")
-    assert "(Connection refused); it is kept, and `python src/ship.py " in warning and warning.endswith("` ships it")
+    assert warning.startswith(f"warning: MLflow at {address} has not received all of this run")
+    assert "(Connection refused); it is kept, and `python src/ship.py " in warning and warning.endswith("` sends it")
     assert errors.strip().splitlines() == [
-        f"warning: MLflow at {address}: Connection refused; the run goes on, and MLflow gets everything once it answers",
+        f"warning: MLflow at {address}: Connection refused; the run continues and sends everything once the server answers",
         warning,
     ]
     script, folder = warning.split("`")[1].split()[1:]
     assert Path(folder).is_dir() and Path(folder).parent == offline[1] / "root" / ".resume"
     assert not Path(folder).with_name("whole").exists()  # the next run of this configuration is another
 
-    environment = ENVIRONMENT | {"MLFLOW_TRACKING_URI": address, "MLFLOW_EXPERIMENT_NAME": "elsewhere"}
+    environment = TRACKING_ENVIRONMENT | {"MLFLOW_TRACKING_URI": address, "MLFLOW_EXPERIMENT_NAME": "elsewhere"}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     with pytest.raises(UserError, match=f"^MLflow at {address}: Connection refused$"):
         runs_module.ship(Path(folder), root)
@@ -640,7 +617,7 @@ def test_an_unreachable_server_delays_nothing_and_gets_everything_later(root, of
         command = [sys.executable, script, folder]
         shipped = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
         assert shipped.returncode == 0, shipped.stderr
-        assert shipped.stdout.endswith(f"shipped to MLflow at {address}\n")
+        assert shipped.stdout.endswith(f"sent to MLflow at {address}\n")
         assert not Path(folder).exists()
         import mlflow
 
@@ -653,48 +630,6 @@ def test_an_unreachable_server_delays_nothing_and_gets_everything_later(root, of
 def copied(database: Path, folder: Path) -> str:
     """The store of a server: creating another would take longer."""
     return f"sqlite:///{shutil.copy(database, folder / 'server.db')}"
-
-
-class Server:
-    """An MLflow server at `address`, its artifacts and whatever else it writes in `folder`; ready once entered."""
-
-    def __init__(self, address: str, folder: Path, store_uri: str, *options: str, **environment: str):
-        self.address, self.folder, self.options = address, folder, options
-        self.environment = {
-            **ENVIRONMENT,
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "MLFLOW_BACKEND_STORE_URI": store_uri,
-            **environment,
-        }
-
-    def __enter__(self):
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", self.address.rpartition(":")[2]),
-                *("--workers", "1", "--artifacts-destination", self.folder / "artifacts", *self.options),
-            ],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        for _ in range(600):
-            assert self.process.poll() is None
-            try:
-                urllib.request.urlopen(f"{self.address}/health", timeout=1)
-                return self
-            except OSError:
-                time.sleep(0.1)
-        raise AssertionError(f"{self.address} doesn't answer")
-
-    def signal(self, number: int) -> None:
-        """To all its processes."""
-        os.killpg(self.process.pid, number)
-
-    def __exit__(self, *_):
-        self.signal(signal.SIGKILL)
-        self.process.wait()
 
 
 def test_a_server_that_hangs_dies_and_comes_back_gets_everything_and_holds_nobody_up(root, tmp_path, monkeypatch, capsys):
@@ -774,15 +709,15 @@ def test_a_server_that_never_answers_is_told_once_and_does_not_hold_up_the_end(s
         while not said and time.monotonic() - began < 60:
             time.sleep(0.05)
             said += capsys.readouterr().err
-        assert said == f"warning: MLflow at {silent}: timed out; the run goes on, and MLflow gets everything once it answers\n"
+        assert said == f"warning: MLflow at {silent}: timed out; the run continues and sends everything once the server answers\n"
         assert time.monotonic() - began < 10
         began = time.monotonic()
     assert time.monotonic() - began < 20
     kept = next(path for path in (tmp_path / ".resume").iterdir() if path.is_dir())
     assert kept.name.startswith("unshipped-")
     assert capsys.readouterr().err == (
-        f"warning: MLflow at {silent} has not taken all of this run (timed out); "
-        f"it is kept, and `python src/ship.py {kept}` ships it\n"
+        f"warning: MLflow at {silent} has not received all of this run (timed out); "
+        f"it is kept, and `python src/ship.py {kept}` sends it\n"
     )
     run.thread.join(10)
     assert not run.thread.is_alive()
@@ -793,7 +728,9 @@ def test_where_mlflow_is_required_its_absence_ends_the_stage(tmp_path, monkeypat
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     with pytest.raises(UserError) as caught, start_run("train", {}, tmp_path, required=True):
         raise AssertionError("it began")
-    assert str(caught.value) == f"MLflow at {address}: Connection refused; mend that, or set runtime.require_mlflow: false"
+    assert (
+        str(caught.value) == f"MLflow at {address}: Connection refused; fix the connection, or set runtime.require_mlflow: false"
+    )
     assert capsys.readouterr().err == ""
 
 

@@ -15,7 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm.data.dataset import Dataset
 from ddpm.diffusion.process import Diffusion
 from ddpm.diffusion.unet import UNet
 from ddpm.errors import Stopped, UserError
@@ -24,84 +23,23 @@ from ddpm.params import TrainParams
 from ddpm.runtime.device import select_device
 from ddpm.runtime.run_folder import fingerprint
 from ddpm.training import loop, step, validation
-from ddpm.training.loop import WINDOW
+from ddpm.training import state as state_module
+from ddpm.training.batches import draw
 from ddpm.training.optim import ema_decay, learning_rate, make_optimizers
 from ddpm.training.state import load_state, save_state
-from ddpm.training.step import draw
+from ddpm.training.step import Execution
 from ddpm.training.validation import preview
+from ddpm.training.window import WINDOW
+from helpers import CPU, TINY, Recorder, class_images, params
 
-CPU, SHAPE, NULL_CLASS = torch.device("cpu"), (1, 28, 28), 10
+SHAPE, NULL_CLASS = (1, 28, 28), 10
 SRC = Path(__file__).resolve().parents[1] / "src"
-TINY = {
-    "seed": 3,
-    "steps": 60,
-    "batch_size": 8,
-    "optimizer": "muon",
-    "learning_rate": 0.003,
-    "warmup_steps": 10,
-    "weight_decay": 0.01,
-    "ema_decay": 0.9,
-    "label_dropout": 0.1,
-    "precision": "float32",
-    "report_every": 30,
-    "model": {"patch_size": 2, "channels": [8, 16], "blocks": 1, "attention": [7], "heads": 2, "dropout": 0.1},
-    "diffusion": {"timesteps": 20, "schedule": "cosine", "prediction": "v", "min_snr_gamma": 5.0},
-}
-
-
-def params(**changes) -> TrainParams:
-    """TINY with changes; `model__heads` is `model.heads`."""
-    values = {name: dict(value) if isinstance(value, dict) else value for name, value in TINY.items()}
-    for name, value in changes.items():
-        section, _, key = name.rpartition("__")
-        (values[section] if section else values)[key] = value
-    return TrainParams.model_validate(values)
-
-
-def class_images(n: int = 200, noise: int = 20) -> Dataset:
-    """Images that are constant but for a little noise, a grey value a class."""
-    g = torch.Generator().manual_seed(0)
-
-    def split(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = torch.arange(count) % 10
-        images = (labels * 25)[:, None, None] + torch.randint(0, noise, (count, 28, 28), generator=g)
-        return images.to(torch.uint8), labels
-
-    return Dataset(*split(n), *split(40))
-
-
-class Recorder:
-    """A Log that keeps what it is told, and sends this process `number` once it is told of step `stop_at`."""
-
-    def __init__(self, stop_at: int | None = None, number: int = signal.SIGTERM):
-        self.values, self.previews = {}, {}
-        self.stop_at, self.number = stop_at, number
-
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            assert (name, step) not in self.values
-            self.values[name, step] = value
-        if step == self.stop_at:
-            self.stop_at = None
-            os.kill(os.getpid(), self.number)
-
-    def preview(self, step: int, images: torch.Tensor) -> None:
-        assert step not in self.previews
-        self.previews[step] = images
-
-    def sync(self) -> None:
-        self.synced = len(self.values)
-
-    def without_speed(self) -> dict:
-        return {key: value for key, value in self.values.items() if key[0] != "train/images_per_second"}
-
-
 DATA = class_images()
 
 
-def run(p: TrainParams, states: Path, log: Recorder | None = None) -> loop.Trained:
+def run(p: TrainParams, states: Path, log: Recorder | None = None, state_seconds: float = 60) -> loop.Trained:
     states.mkdir(parents=True, exist_ok=True)
-    return loop.train(p, DATA, CPU, states, log or Recorder(), compile_model=False)
+    return loop.train(p, DATA, states, log or Recorder(), Execution(CPU, state_seconds=state_seconds))
 
 
 def digest(trained: loop.Trained) -> str:
@@ -223,11 +161,10 @@ def test_ema_decay_grows_to_its_limit():
     assert decays[8989] < 0.999 == decays[9000] == decays[-1]
 
 
-def test_the_weights_are_a_moving_average_of_the_models(tmp_path, monkeypatch):
+def test_the_weights_are_a_moving_average_of_the_models(tmp_path):
     """With no decay they are the model itself; with some, they lag behind it."""
-    monkeypatch.setattr(loop, "STATE_SECONDS", 0)
     for decay, equal in ((0.0, True), (0.9, False)):
-        trained = run(params(steps=WINDOW, ema_decay=decay), tmp_path / str(decay))
+        trained = run(params(steps=WINDOW, ema_decay=decay), tmp_path / str(decay), state_seconds=0)
         model = load_state(tmp_path / str(decay))["model"]
         assert all(torch.allclose(w, model[name], atol=1e-6) for name, w in trained.weights.items()) is equal
 
@@ -279,9 +216,12 @@ def test_a_last_window_that_is_not_whole(tmp_path):
 
 def test_no_state_is_ahead_of_what_a_power_cut_leaves_of_the_log(tmp_path, monkeypatch):
     log, saved = Recorder(), []
-    monkeypatch.setattr(loop, "STATE_SECONDS", 0)
-    monkeypatch.setattr(loop, "save_state", lambda _folder, step, _state: saved.append((step, log.synced, len(log.values))))
-    run(params(), tmp_path, log)
+
+    def save(_folder: Path, step: int, _state: dict) -> None:
+        saved.append((step, log.synced, len(log.values)))
+
+    monkeypatch.setattr(state_module, "save_state", save)
+    run(params(), tmp_path, log, state_seconds=0)
     assert [step for step, _, _ in saved] == list(range(WINDOW, 61, WINDOW))
     assert all(synced == reported for _, synced, reported in saved)
 
@@ -294,7 +234,8 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, whole, number, st
     before = signal.getsignal(number)
     for window in windows:
         part = Recorder(window * WINDOW, number)
-        with pytest.raises(Stopped, match=rf"^stopped after step {window * WINDOW}; the same command goes on") as stopped:
+        message = f"Stopped after step {window * WINDOW}. Run the same command again to resume."
+        with pytest.raises(Stopped, match=f"^{re.escape(message)}$") as stopped:
             run(params(), tmp_path, part)
         assert stopped.value.exit_status == status
         assert signal.getsignal(number) is before
@@ -318,16 +259,15 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
                 os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Stopped, match=r"^stopped; the same command goes on$"):
+    with pytest.raises(Stopped, match=r"^Stopped. Run the same command again to resume.$"):
         run(params(), tmp_path, Impatient())
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, whole, monkeypatch, capsys):
+def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, whole, capsys):
     trained, _ = whole
-    monkeypatch.setattr(loop, "STATE_SECONDS", 0)
     with pytest.raises(Stopped):
-        run(params(), tmp_path, Recorder(40))
+        run(params(), tmp_path, Recorder(40), state_seconds=0)
     states = sorted(tmp_path.glob("state-*.pt"))
     assert [int(re.search(r"\d+", path.name)[0]) for path in states] == [30, 40]
     data = bytearray(states[-1].read_bytes())
@@ -335,7 +275,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, whole, monkeypat
     states[-1].write_bytes(data)
     assert load_state(tmp_path)["step"] == 30
     assert digest(run(params(), tmp_path)) == digest(trained)
-    assert f"warning: {states[-1]} is damaged; falling back to the state before it" in capsys.readouterr().err
+    assert f"warning: {states[-1]} is corrupt; falling back to the state before it" in capsys.readouterr().err
 
 
 def test_with_every_state_damaged_it_begins_again(tmp_path, whole):
@@ -429,7 +369,7 @@ def test_cuda_graphs_have_the_losses_of_eager(tmp_path):
     logs = []
     for compile_model in (False, True):
         (states := tmp_path / str(compile_model)).mkdir()
-        loop.train(p, DATA.to(device), device, states, log := Recorder(), compile_model)
+        loop.train(p, DATA.to(device), states, log := Recorder(), Execution(device, compile_model))
         logs.append({step: value for (name, step), value in log.values.items() if name == "train/loss"})
     eager, graphs = logs
     assert graphs == pytest.approx(eager, rel=1e-3)
@@ -440,11 +380,11 @@ def test_an_interrupted_run_on_cuda_ends_with_the_same_bytes(tmp_path):
     device, digests = select_device("cuda"), []
     for stop_at in (None, 30):
         (states := tmp_path / str(stop_at)).mkdir()
-        arguments = (params(), DATA.to(device), device, states)
+        data, execution = DATA.to(device), Execution(device, compile_model=True)
         if stop_at:
             with pytest.raises(Stopped):
-                loop.train(*arguments, Recorder(stop_at), compile_model=True)
-        digests.append(digest(loop.train(*arguments, Recorder(), compile_model=True)))
+                loop.train(params(), data, states, Recorder(stop_at), execution)
+        digests.append(digest(loop.train(params(), data, states, Recorder(), execution)))
     assert digests[0] == digests[1]
 
 

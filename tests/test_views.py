@@ -22,9 +22,8 @@ import requests
 from PIL import Image
 
 import browser
-from conftest import free_port
 from ddpm.data.fashion_mnist import CLASSES
-from test_pipeline import ENVIRONMENT, mlflow_runs, run
+from helpers import ENVIRONMENT, free_port, mlflow_runs, run
 
 pytestmark = pytest.mark.pipeline
 needs_chromium = pytest.mark.skipif(not browser.CHROMIUM.exists(), reason="needs Debian's package chromium")
@@ -95,7 +94,7 @@ def test_from_an_experiment_to_its_mlflow_run_and_back(clone: Path) -> None:
         [sys.executable, "src/compare.py", "nobody"], cwd=clone, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert failed.returncode == 1
-    assert failed.stderr == "error: no finished experiment or evaluation is called nobody; `make compare` shows those that are\n"
+    assert failed.stderr == "error: no finished experiment or evaluation is called nobody; `make compare` lists them\n"
 
 
 def test_a_run_says_what_it_is_and_how_to_make_it_again(clone: Path) -> None:
@@ -262,4 +261,4 @@ def test_the_report_of_chosen_experiments(clone: Path, report: Path) -> None:
     assert report.read_text().count("<figure>") == 3 + 4
     failed = subprocess.run([sys.executable, "src/report.py", "x"], cwd=clone, env=ENVIRONMENT, capture_output=True, text=True)
     assert failed.returncode == 1
-    assert failed.stderr == "error: no finished experiment is called x; `make compare` shows those that are\n"
+    assert failed.stderr == "error: no finished experiment is called x; `make compare` lists them\n"

@@ -1,6 +1,7 @@
-"""The trained model as one file."""
+"""The trained model as one file: the weights, and everything that sampling needs to know about them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,30 +14,41 @@ from ddpm.errors import UserError
 from ddpm.files import load_tensors, serialise, write_atomic
 from ddpm.paths import MODEL, PRETRAINED
 
-REMEDIES = {MODEL: "`dvc repro train` makes it", PRETRAINED: f"`git checkout {PRETRAINED}` makes it"}
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that is ready to sample from."""
+
+    model: UNet  # in evaluation mode
+    diffusion: Diffusion
+    label_dropout: float  # share of training images shown without their class: 0 allows no guidance, 1 no classes
+    classes: list[str]  # names
 
 
-def save_model(
+def save_checkpoint(
     path: Path, weights: dict[str, Tensor], unet: dict, diffusion: dict, label_dropout: float, classes: Sequence[str] = CLASSES
 ) -> None:
-    """Write all that sampling needs: weights, what the network looks like, what it predicts, and which classes it knows."""
+    """Write a checkpoint; `unet` and `diffusion` are the keyword arguments of UNet and Diffusion."""
     weights = {name: w.detach().cpu().clone(memory_format=torch.contiguous_format) for name, w in weights.items()}
     content = {"weights": weights, "unet": unet, "diffusion": diffusion, "label_dropout": label_dropout, "classes": list(classes)}
     write_atomic(path, serialise(content))
 
 
-def load_model(path: Path, device: torch.device) -> tuple[UNet, Diffusion, float, list[str]]:
-    """The network in evaluation mode, its diffusion, the share of labels dropped in training, and the classes' names.
+def load_checkpoint(path: Path, device: torch.device) -> Checkpoint:
+    """Read a checkpoint onto `device`.
 
-    Raises UserError if the file is missing, damaged, not a model, or its weights don't fit the network that it describes.
+    Raises UserError if the file is missing, corrupt, not a checkpoint, or its weights don't fit the network that it describes.
     """
-    remedy = REMEDIES.get(path, f"`dvc repro train` makes {MODEL}")
+    if path == PRETRAINED:
+        remedy = f"`git checkout {PRETRAINED}` restores it"
+    else:
+        remedy = "`dvc repro train` makes it" if path == MODEL else f"`dvc repro train` makes {MODEL}"
     content = load_tensors(path, {"weights", "unet", "diffusion", "label_dropout"}, remedy)
     try:
         model, diffusion = UNet(**content["unet"]), Diffusion(**content["diffusion"])
         model.load_state_dict(content["weights"])
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: its weights are not those of the network that it describes ({reason}); {remedy} anew") from None
-    model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return model, diffusion.to(device), content["label_dropout"], content.get("classes", list(CLASSES))
+        raise UserError(f"{path}: its weights don't fit the network that it describes ({reason}); {remedy}") from None
+    model = model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return Checkpoint(model, diffusion.to(device), content["label_dropout"], content.get("classes", list(CLASSES)))

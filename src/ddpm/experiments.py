@@ -1,4 +1,7 @@
-""""""
+"""What DVC and MLflow know of experiments: the rows of `dvc exp show`, and the MLflow runs that evaluated them.
+
+`make compare` and `make report` are made from it. An experiment and its evaluation belong together if they have the same samples.
+"""
 
 import json
 import math
@@ -6,81 +9,99 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from ddpm.errors import UserError
-from ddpm.paths import SAMPLES, project_root
+from ddpm.paths import PARAMS, SAMPLES, project_root
 from ddpm.tracking.provenance import flatten, git
 from ddpm.tracking.queries import evaluations
 
-WORKSPACE = "workspace"  # as DVC calls it
+WORKSPACE = "workspace"  # DVC's name for what isn't committed
 
 
 @dataclass
 class Experiment:
-    name: str  # of the experiment, the branch or the commit
+    """A DVC experiment, a commit that experiments started from, or uncommitted results in the workspace."""
+
+    name: str  # of the experiment or the branch, else the short revision
     revision: str
-    params: dict = field(default_factory=dict)  # flat
-    metrics: dict = field(default_factory=dict)
-    samples: str | None = None  # their MD5
-    state: str = ""  # queued, running, failed; empty once it is done
-    base: dict = field(default_factory=dict)  # the parameters that an experiment started from; a commit has none
+    params: dict[str, Any] = field(default_factory=dict)  # by dotted name
+    metrics: dict[str, float] = field(default_factory=dict)  # empty unless it is done
+    samples_md5: str | None = None  # of output/samples.npz; None unless it is done
+    state: str = ""  # queued, running, failed or unreadable; empty if it is done
+    base: dict[str, Any] = field(default_factory=dict)  # the parameters of the commit that it started from; empty for a commit
 
     @property
-    def changes(self) -> dict:
+    def changes(self) -> dict[str, Any]:
+        """The parameters that differ from those of the commit that it started from."""
         return {name: value for name, value in self.params.items() if self.base and self.base.get(name) != value}
 
 
-def experiments_and_runs() -> tuple[list[Experiment], dict]:
-    """What DVC knows, and MLflow's evaluations by the MD5 of their samples."""
-    with ThreadPoolExecutor() as pool:  # each takes seconds
-        asked = pool.submit(experiments), pool.submit(evaluations, project_root())
-    return asked[0].result(), asked[1].result()
+def experiments_and_runs() -> tuple[list[Experiment], dict[str, Any]]:
+    """The experiments, the best first, and the newest MLflow evaluation of each file of samples by its MD5."""
+    with ThreadPoolExecutor() as pool:  # both at once, because each takes seconds
+        found, runs = pool.submit(experiments), pool.submit(evaluations, project_root())
+    return found.result(), runs.result()
 
 
 def experiments() -> list[Experiment]:
-    """All experiments of `dvc exp show` and the last commit; those with most samples first, by `fid`.
+    """The last commit and all experiments that `dvc exp show` lists: those with the most samples first, and among them by FID.
 
-    Among them are commits that experiments started from, and the workspace, where they have other results than the last.
+    Also the workspace and commits that experiments started from, if their results differ from those of the last commit. Raises
+    UserError if DVC fails or there is no commit.
     """
+    workspace, *commits = _exp_show()
+    rows = [(_experiment(commit, {}), commit["experiments"] or []) for commit in commits]
+    head_revision = git("rev-parse", "HEAD")
+    head = next((commit for commit, _ in rows if commit.revision == head_revision), None)
+    if head is None:
+        raise UserError("there is no commit to compare with yet; `git commit` creates one")
+    found = []
+    uncommitted = _experiment(workspace, head.params)
+    if uncommitted.changes or uncommitted.metrics != head.metrics or uncommitted.state:
+        found.append(uncommitted)
+    for commit, started in rows:
+        if commit is head or (started and commit.samples_md5 != head.samples_md5):
+            found.append(commit)
+        found += [_experiment(row["revs"][0], commit.params, (row["executor"] or {}).get("state")) for row in started]
+    return sorted(found, key=_rank)
+
+
+def _rank(e: Experiment) -> tuple[float, float]:
+    """Sorts by the number of samples, because FID is higher with fewer, then by FID; unfinished experiments last."""
+    count = e.params.get("sample.count", 0) if "fid" in e.metrics else 0
+    return -count, e.metrics.get("fid", math.inf)
+
+
+def _exp_show() -> list[dict[str, Any]]:
+    """The rows of `dvc exp show --json`: the workspace, then commits, each with the experiments that started from it."""
     command = [sys.executable, "-m", "dvc", "exp", "show", "--json", "--all-commits"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-        raise UserError(said[0] if said else "`dvc exp show` failed")
-    rows, head_revision = json.loads(done.stdout), git("rev-parse", "HEAD")
-    commits = [(_experiment(commit, {}), commit["experiments"] or []) for commit in rows[1:]]
-    head = next((base for base, _ in commits if base.revision == head_revision), None)
-    if head is None:
-        raise UserError("there is no commit yet to compare with: `git commit` makes the first")
-    found, edited = [], _experiment(rows[0], head.params)
-    if edited.changes or edited.metrics != head.metrics or edited.state:
-        found.append(edited)
-    for base, started in commits:
-        if base is head or (started and base.samples != head.samples):
-            found.append(base)
-        for e in started:
-            found.append(_experiment(e["revs"][0], base.params, (e["executor"] or {}).get("state")))
-    return sorted(found, key=lambda e: (-e.params.get("sample.count", 0) * ("fid" in e.metrics), e.metrics.get("fid", math.inf)))
+        errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        raise UserError(errors[0] if errors else "`dvc exp show` failed")
+    return json.loads(done.stdout)
 
 
-def _experiment(row: dict, base: dict, state: str | None = None) -> Experiment:
-    """From a row of `dvc exp show --json`; `base` are the parameters that it started from."""
+def _experiment(row: dict[str, Any], base: dict[str, Any], state: str | None = None) -> Experiment:
+    """From a row of `dvc exp show`; `base` has the parameters of the commit that it started from."""
     data = row.get("data") or {}
-    params = flatten((data.get("params") or {}).get("params.yaml", {}).get("data") or {})
+    params = flatten((data.get("params") or {}).get(PARAMS.name, {}).get("data") or {})
     files = (data.get("metrics") or {}).values()
     metrics = {name: value for file in files for name, value in (file.get("data") or {}).items() if math.isfinite(value)}
+    samples = (data.get("outs") or {}).get(SAMPLES.as_posix()) or {}
     state = "unreadable" if row.get("error") else "" if state in (None, "success") else state
     return Experiment(
-        row["name"] or (row["rev"] if row["rev"] == WORKSPACE else row["rev"][:7]),
-        row["rev"],
-        params,
-        {} if state else metrics,
-        None if state else ((data.get("outs") or {}).get(SAMPLES.as_posix()) or {}).get("hash"),
-        state,
-        base,
+        name=row["name"] or (row["rev"] if row["rev"] == WORKSPACE else row["rev"][:7]),
+        revision=row["rev"],
+        params=params,
+        metrics={} if state else metrics,
+        samples_md5=None if state else samples.get("hash"),
+        state=state or "",
+        base=base,
     )
 
 
-def run_label(run) -> str:
-    """The run's name without what was changed."""
+def run_label(run: Any) -> str:
+    """The name of an MLflow run without the changed parameters in brackets."""
     return run.info.run_name.partition(" (")[0]

@@ -1,4 +1,4 @@
-"""Pictures, from uint8 images: class grids, denoising strips and animation, nearest neighbours."""
+"""Images arranged into pictures: sheets in rows and columns, as PNG and as animated GIF."""
 
 import io
 from collections.abc import Sequence
@@ -10,23 +10,23 @@ from torch import Tensor
 
 from ddpm.files import write_atomic
 
-ZOOM = 2  # screen pixels to an image's pixel
-GAP = 2
+ZOOM = 2  # each pixel of an image becomes ZOOM × ZOOM pixels
+GAP = 2  # pixels between images
 FONT_SIZE = 13
-PAPER, INK = 255, 40
+PAPER, INK = 255, 40  # grey levels of the background and of the text
 
 
 def sheet(images: Tensor, columns: int, row_names: Sequence[str] = ()) -> Image.Image:
-    """Images uint8 [N, H, W] or [N, H, W, 3] in rows of `columns`, with names before the rows if given."""
-    images = images.numpy()
-    size = images.shape[1] * ZOOM + GAP
+    """Images uint8 [N, H, H] or [N, H, H, 3], `columns` in a row. `row_names`, if given, are written to the left of the rows."""
+    pixels = images.numpy()
+    size = pixels.shape[1] * ZOOM + GAP
     font = ImageFont.load_default(FONT_SIZE)
     left = max((int(font.getlength(name)) for name in row_names), default=0) + (8 if row_names else 0)
-    rows = -(-len(images) // columns)
+    rows = -(-len(pixels) // columns)
     grey = Image.new("L", (left + columns * size + GAP, rows * size + GAP), PAPER)
-    canvas = grey if images.ndim == 3 else grey.convert("RGB")
-    draw, ink = ImageDraw.Draw(canvas), INK if images.ndim == 3 else (INK,) * 3
-    for i, image in enumerate(images):
+    canvas = grey if pixels.ndim == 3 else grey.convert("RGB")
+    draw, ink = ImageDraw.Draw(canvas), INK if pixels.ndim == 3 else (INK,) * 3
+    for i, image in enumerate(pixels):
         row, column = divmod(i, columns)
         tile = Image.fromarray(np.repeat(np.repeat(image, ZOOM, 0), ZOOM, 1))
         canvas.paste(tile, (left + GAP + column * size, GAP + row * size))
@@ -36,6 +36,7 @@ def sheet(images: Tensor, columns: int, row_names: Sequence[str] = ()) -> Image.
 
 
 def png(picture: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
@@ -46,7 +47,7 @@ def save_png(path: Path, picture: Image.Image) -> None:
 
 
 def save_gif(path: Path, frames: Sequence[Image.Image], frame_ms: int = 100, hold_ms: int = 2500) -> None:
-    """An endless animation that holds its last frame."""
+    """Write an animation that repeats endlessly and holds its last frame for `hold_ms`."""
     buffer = io.BytesIO()
     durations = [frame_ms] * (len(frames) - 1) + [hold_ms]
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)

@@ -1,7 +1,7 @@
-"""Files that are whole or absent: hashes, atomic writes, and reading tensors without running code.
+"""Files that are either complete or missing: hashes, atomic writes, and loading tensors without running code.
 
-`torch.save` to a path writes the file's name into the archive, so that the same weights under another name are other
-bytes: everything is serialised in memory and put in place by write, fsync, rename, fsync of the folder.
+Tensors are serialised in memory first: `torch.save` to a path writes the file's name into the archive, so the same weights
+would have other bytes under another name.
 """
 
 import glob
@@ -33,14 +33,14 @@ def file_sha256(path: Path) -> str:
 
 
 def file_md5(path: Path) -> str:
-    """As `dvc.lock` has it."""
+    """The hash that `dvc.lock` has for the file."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "md5").hexdigest()
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise UserError where the system doesn't let `path` be written: no space, no permission, something in its place."""
+    """Raise UserError if the system doesn't let `path` be written: no space, no permission, a folder of the same name."""
     try:
         yield
     except OSError as error:
@@ -48,7 +48,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Return when what was written to the file or folder would survive a power cut, on Linux: other systems promise less."""
+    """Return when the contents of the file or folder would survive a power cut. Only Linux promises that much."""
     if os.name == "posix":  # Windows can't open a folder to sync it
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -59,19 +59,19 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name, `path`, when the block ends well: a reader, or a power cut, sees all of it or nothing.
+    """A file to write to. It becomes `path` when the block ends without an error, so that `path` is never incomplete.
 
-    Raises UserError if the folder can't be written.
+    This holds after a power cut, too: write, fsync, rename, fsync of the folder. Raises UserError if the file can't be written.
     """
     path = Path(path)
     stem = f".{path.name}.{platform.node()}."
     temporary = path.with_name(f"{stem}{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f"{glob.escape(stem)}*.tmp"):  # by processes that were killed while they wrote
-            number = left.name.removeprefix(stem).removesuffix(".tmp")
-            if number.isdigit() and not psutil.pid_exists(int(number)):
-                left.unlink(missing_ok=True)
+        for leftover in path.parent.glob(f"{glob.escape(stem)}*.tmp"):  # of processes that were killed while they wrote
+            pid = leftover.name.removeprefix(stem).removesuffix(".tmp")
+            if pid.isdigit() and not psutil.pid_exists(int(pid)):
+                leftover.unlink(missing_ok=True)
         try:
             with temporary.open("wb") as file:
                 yield file
@@ -85,19 +85,19 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, all of it or nothing. Raises UserError if the folder can't be written."""
+    """Write `data` to `path`, all of it or nothing. Raises UserError if the file can't be written."""
     with atomic(path) as file:
         file.write(data)
 
 
 def write_verified(path: Path, obj: object) -> None:
-    """Write tensors and plain values atomically, behind their hash, for `read_verified`."""
+    """Write tensors and plain values atomically, preceded by their SHA-256, for `read_verified`."""
     data = serialise(obj)
     write_atomic(path, hashlib.sha256(data).digest() + data)
 
 
 def read_verified(path: Path) -> Any | None:
-    """What `write_verified` wrote, on the CPU; None if the file is missing, unreadable or damaged."""
+    """What `write_verified` wrote, on the CPU; None if the file is missing, unreadable or corrupt."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -109,22 +109,22 @@ def read_verified(path: Path) -> Any | None:
 
 
 def serialise(obj: object) -> bytes:
-    """The bytes that `torch.save` writes, independent of any file's name."""
+    """The bytes of `torch.save`, which don't depend on a file's name."""
     buffer = io.BytesIO()
     torch.save(obj, buffer)
     return buffer.getvalue()
 
 
-def load_tensors(path: Path, keys: set[str], remedy: str) -> dict:
-    """Load a dictionary of tensors and plain values that has at least `keys`, onto the CPU.
+def load_tensors(path: Path, keys: set[str], remedy: str) -> dict[str, Any]:
+    """Load a dictionary of tensors and plain values onto the CPU; it has at least `keys`.
 
-    Never runs code from the file (`weights_only=True`). Raises UserError if the file is missing, damaged, holds code, or
-    lacks a key; its message ends with `remedy`, such as "`make w` makes it".
+    Never runs code from the file (`weights_only=True`). Raises UserError if the file is missing, corrupt, holds code, or lacks a
+    key. The message ends with `remedy`, which says what creates the file, such as "`dvc repro train` makes it".
     """
     try:
         file = io.BytesIO(path.read_bytes())
-        if (damaged := zipfile.ZipFile(file).testzip()) is not None:  # torch.load doesn't look at the checksums
-            raise zipfile.BadZipFile(damaged)
+        if (corrupt := zipfile.ZipFile(file).testzip()) is not None:  # torch.load doesn't check the checksums
+            raise zipfile.BadZipFile(corrupt)
         file.seek(0)
         content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -132,8 +132,8 @@ def load_tensors(path: Path, keys: set[str], remedy: str) -> dict:
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
-        raise UserError(f"{path}: damaged, or not a file of weights alone; {remedy} anew") from None
+        raise UserError(f"{path}: corrupt, or not a plain weights file; {remedy}") from None
     missing = sorted(keys - content.keys()) if isinstance(content, dict) else sorted(keys)
     if missing:
-        raise UserError(f"{path}: made by another program or version (it lacks {', '.join(missing)}); {remedy} anew")
+        raise UserError(f"{path}: made by another program or version (it lacks {', '.join(missing)}); {remedy}")
     return content

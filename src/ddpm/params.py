@@ -1,23 +1,26 @@
-"""params.yaml as typed, validated, frozen objects: a section a stage, and `runtime` for what doesn't change results."""
+"""The schema of params.yaml, as frozen pydantic models: one section per stage, and `runtime` for what changes no result.
+
+`params_file.load_params` reads the file. The comments in params.yaml say what each parameter means.
+"""
 
 from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-FASHION_MNIST = "FashionMNIST"  # the data set that can be downloaded, of 28×28 pixels
-GROUPS = 8  # of every GroupNorm: widths are multiples of it
+FASHION_MNIST = "FashionMNIST"  # the only data set that can be downloaded; its images have 28×28 pixels
+GROUPS = 8  # of every GroupNorm; every width is a multiple of it
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 def allowed(what: str) -> WrapValidator:
-    """One message, that the value should be `what`, in place of all that pydantic has to say of it."""
+    """For an annotated field: if its value is refused, the message is "… should be `what`" instead of several by pydantic."""
 
-    def validate(value: Any, inner: Any) -> Any:
+    def validate(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
         with suppress(ValidationError):
-            if type(result := inner(value)) is type(value):  # a Literal takes true for 1
+            if type(result := inner(value)) is type(value):  # a Literal with 1 in it accepts true
                 return result
         raise PydanticCustomError("allowed", what)
 
@@ -27,11 +30,13 @@ def allowed(what: str) -> WrapValidator:
 Width = Annotated[int, Field(ge=GROUPS, le=4096, multiple_of=GROUPS)]
 Widths = Annotated[list[Width], Field(min_length=1, max_length=5), allowed("a list of 1 to 5 multiples of 8, at most 4096")]
 ClassList = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, max_length=256)]
-Classes = Annotated[Literal["all", "none"] | ClassList, allowed("all, none or a list of classes by number, the first being 0")]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"), allowed("auto, cpu, cuda, mps or, say, cuda:1")]
+Classes = Annotated[Literal["all", "none"] | ClassList, allowed("all, none or a list of class numbers, which start at 0")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"), allowed("auto, cpu, mps, cuda or, for example, cuda:1")]
 
 
 class Section(BaseModel):
+    """Refuses unknown keys, values of other types (an int for a float is fine), nan and inf."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
@@ -42,9 +47,9 @@ class DataParams(Section):
     folder: Annotated[str, Field(min_length=1)] | None
 
     @model_validator(mode="after")
-    def _comes_from_somewhere(self) -> Self:
+    def _has_a_source(self) -> Self:
         if self.name != FASHION_MNIST and self.folder is None:
-            raise ValueError(f"folder: only {FASHION_MNIST} can be downloaded; say which folder {self.name} is in")
+            raise ValueError(f"folder: only {FASHION_MNIST} can be downloaded; set it to the folder that holds {self.name}")
         return self
 
 
@@ -57,11 +62,11 @@ class ModelParams(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)]
 
     def check(self, image_size: int) -> None:
-        """Raise ValueError, with the key that is at fault, where no such U-Net fits square images of `image_size` pixels."""
+        """Raise ValueError if no such U-Net fits images of `image_size` pixels. The message starts with the wrong key."""
         size, levels = image_size // self.patch_size, len(self.channels)
         if image_size % self.patch_size:
             raise ValueError(
-                f"train.model.patch_size: {image_size}×{image_size} pixels don't divide by {self.patch_size}; use a divisor"
+                f"train.model.patch_size: {image_size}×{image_size} pixels can't be divided by {self.patch_size}; use a divisor"
             )
         if size % 2 ** (levels - 1):
             raise ValueError(f"train.model.channels: {levels} levels would halve {size}×{size} pixels unevenly; use fewer")
@@ -69,7 +74,7 @@ class ModelParams(Section):
         for resolution in self.attention:
             if resolution not in resolutions:
                 raise ValueError(f"train.model.attention: no level has resolution {resolution}; there are {resolutions}")
-        # the middle of the U-Net always attends
+        # The middle of the U-Net always has attention.
         attending = {self.channels[resolutions.index(r)] for r in self.attention} | {self.channels[-1]}
         for width in sorted(attending):
             if width % self.heads:
@@ -99,7 +104,7 @@ class TrainParams(Section):
     diffusion: DiffusionParams
 
     def check(self, processes: int, parts: int) -> None:
-        """Raise ValueError, with the key that is at fault, where a batch has no image for each part of each process."""
+        """Raise ValueError if a batch has fewer images than parts to compute. The message starts with the wrong key."""
         if self.batch_size < processes * parts:
             raise ValueError(
                 f"train.batch_size: {self.batch_size} images are too few for {processes} processes in {parts} parts each; "
@@ -130,6 +135,7 @@ class RuntimeParams(Section):
     deterministic: bool
     processes: Annotated[int, Field(ge=1, le=64)]
     accumulate: Annotated[int, Field(ge=1, le=10_000)]
+    state_seconds: Annotated[float, Field(ge=0)]
     require_mlflow: bool
 
 
@@ -142,7 +148,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        if self.data.name == FASHION_MNIST:  # of another data set training will know the size
+        if self.data.name == FASHION_MNIST:  # for another data set, training checks this once it knows the image size
             self.train.model.check(28)
         self.train.check(self.runtime.processes, self.runtime.accumulate)
         if self.sample.steps > self.train.diffusion.timesteps:

@@ -1,9 +1,10 @@
-"""Reading params.yaml and presets, and explaining their mistakes."""
+"""Reading params.yaml, explaining the mistakes in it, and applying presets to it."""
 
 import difflib
+import io
 import math
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ddpm.errors import UserError
+from ddpm.files import write_atomic
 from ddpm.params import Params
+from ddpm.paths import PARAMS, PRESETS
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's plain types; a key that a section has twice, of which PyYAML would take the last, is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(problem=f"the key {key.value} a second time", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def load_params(path: Path = Path("params.yaml")) -> Params:
-    """Read and validate `path`. Raises UserError with a line for each fault: the key's path, the value, what is allowed."""
+def load_params(path: Path = PARAMS) -> Params:
+    """Read and validate `path`. Raises UserError with one line per mistake: the key, its value, and what is allowed."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -40,7 +31,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 
 
 def parse_params(text: str, path: Path) -> Params:
-    """The parameters that the YAML in `text` spells; `path` is what errors call it. Raises UserError as `load_params`."""
+    """The validated parameters in the YAML `text`. Raises UserError as `load_params` does, with messages that name `path`."""
     try:
         content = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # 2020-99-99: a ValueError
@@ -57,7 +48,19 @@ def parse_params(text: str, path: Path) -> Params:
         raise UserError("\n".join(f"{path}: {line}" for line in lines)) from None
 
 
-KINDS = {  # pydantic's names of faults, and what the value should be
+class _Loader(yaml.SafeLoader):
+    """Loads YAML's plain types. A section with the same key twice is an error; PyYAML itself would take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(problem=f"duplicate key {key.value}", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+SHOULD_BE = {  # pydantic's type of error → what the value should be
     "int_type": "a whole number",
     "int_parsing": "a whole number",
     "float_type": "a number",
@@ -69,11 +72,11 @@ KINDS = {  # pydantic's names of faults, and what the value should be
 }
 
 
-def explain(fault: dict[str, Any], schema: type[BaseModel] = Params) -> str:
-    """One fault that pydantic found in what should have been of `schema`, as one line."""
+def explain(fault: Mapping[str, Any], schema: type[BaseModel] = Params) -> str:
+    """One line for one of pydantic's errors, as `ValidationError.errors()` lists them, about input for `schema`."""
     keys = [str(key) if str(key).isprintable() else repr(key) for key in fault["loc"]]
     where, value, kind = ".".join(keys), fault["input"], fault["type"]
-    if kind == "value_error":  # its message starts with a key
+    if kind == "value_error":  # from a validator of ours, whose message starts with a key
         message = fault["msg"].removeprefix("Value error, ")
         return f"{where}.{message}" if where else message
     if kind == "missing":
@@ -82,29 +85,20 @@ def explain(fault: dict[str, Any], schema: type[BaseModel] = Params) -> str:
         close = difflib.get_close_matches(keys[-1], _known_keys(schema, keys[:-1]), n=1)
         return f"{where}: there is no such key" + (f"; did you mean {close[0]}?" if close else "")
     if kind in ("float_type", "int_type") and isinstance(value, str) and (number := _plain_number(value)):
-        return f"{where}: {value!r} is text to YAML; write it as {number}"
-    message = KINDS.get(kind) or fault["msg"].removeprefix("Input should be ")
+        return f"{where}: YAML reads {value!r} as text; write it as {number}"
+    message = SHOULD_BE.get(kind) or fault["msg"].removeprefix("Input should be ")
     message = message.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
-    return f"{where}: {_shown(value)} should be {message}"
+    return f"{where}: {_short(value)} should be {message}"
 
 
-def _shown(value: Any) -> str:
-    """`value` on one short line."""
-    try:
-        text = reprlib.repr(value)
-    except ValueError:  # an integer of more digits than Python prints
-        return "this number"
-    return {"None": "null", "True": "true", "False": "false"}.get(text, text)
-
-
-def _known_keys(section: Any, path: list[str]) -> list[str]:
+def _known_keys(schema: Any, path: list[str]) -> list[str]:
     for key in path:
-        section = section.model_fields[key].annotation
-    return list(section.model_fields)
+        schema = schema.model_fields[key].annotation
+    return list(schema.model_fields)
 
 
 def _plain_number(text: str) -> str | None:
-    """The number that `text` spells, as YAML reads it: 2e-4 as 0.0002. None where it spells none, or none so short."""
+    """The number in `text` as YAML reads it: 0.0002 for 2e-4. None if it is no number, or one that takes over 20 characters."""
     try:
         plain = f"{float(text):.10f}".rstrip("0").rstrip(".")
         return plain if math.isfinite(float(text)) and float(plain) == float(text) and len(plain) <= 20 else None
@@ -112,15 +106,55 @@ def _plain_number(text: str) -> str | None:
         return None
 
 
+def _short(value: Any) -> str:
+    """`value` in one short line."""
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # Python refuses to print integers of so many digits
+        return "this number"
+    return {"None": "null", "True": "true", "False": "false"}.get(text, text)
+
+
+def apply_preset(name: str) -> list[str]:
+    """Write the values of presets/`name`.yaml into params.yaml, whose comments and layout stay.
+
+    Returns one line per value that changed. Raises UserError, and writes nothing, if params.yaml is invalid or would be so with
+    the preset.
+    """
+    from ruamel.yaml import (
+        YAML,  # imported here: only presets need it, and the machine that release/publish.py runs on may not have it
+    )
+    from ruamel.yaml.error import MarkedYAMLError
+
+    load_params(PARAMS)  # or the preset could hide a mistake of the user's
+    path = PRESETS / f"{name}.yaml"
+    editor = YAML()  # keeps comments, order and notation
+    editor.width = 200
+    editor.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+    params = editor.load(PARAMS)
+    try:
+        preset = editor.load(path)
+    except MarkedYAMLError as error:
+        raise UserError(f"{path}, line {error.problem_mark.line + 1}: not YAML ({error.problem})") from None
+    if not isinstance(preset, dict):
+        raise UserError(f"{path}: has no sections; it needs some of those of {PARAMS}")
+    changes = list(merge(params, preset))
+    text = io.StringIO()
+    editor.dump(params, text)
+    parse_params(text.getvalue(), path)
+    write_atomic(PARAMS, text.getvalue().encode())
+    return changes
+
+
 def merge(params: Any, preset: Any, path: str = "") -> Iterator[str]:
-    """Put the values of the nested mapping `preset` into `params`; yields a line for each that differed."""
+    """Copy the values of the nested mapping `preset` into `params`, in place. Yields one line per value that differed."""
     for key, value in preset.items():
         if isinstance(value, dict) and isinstance(params.setdefault(key, {}), dict):
             yield from merge(params[key], value, f"{path}{key}.")
         elif key not in params or params[key] != value:
-            yield f"{path}{key}: {_shown_value(params.get(key))} → {_shown_value(value)}"
+            yield f"{path}{key}: {_as_in_yaml(params.get(key))} → {_as_in_yaml(value)}"
             params[key] = value
 
 
-def _shown_value(value: Any) -> str:
+def _as_in_yaml(value: Any) -> str:
     return "null" if value is None else str(value)

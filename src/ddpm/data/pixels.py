@@ -1,4 +1,4 @@
-"""Pixels as files have them, uint8, and as the network sees them, in [-1, 1]."""
+"""Pixels are uint8 in files and float in [-1, 1] for the network; these functions convert them."""
 
 import torch
 from torch import Tensor
@@ -15,6 +15,6 @@ def to_model_range(images: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Float [N, C, H, W] in [-1, 1] → uint8 [N, H, W] or [N, H, W, 3], rounded, out-of-range values clipped."""
+    """Float [N, C, H, W] in [-1, 1] → uint8 [N, H, W] or [N, H, W, 3]. Values are rounded, and clipped if out of range."""
     x = x.squeeze(1) if x.shape[1] == 1 else x.movedim(1, 3)
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).contiguous()

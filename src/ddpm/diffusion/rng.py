@@ -1,4 +1,4 @@
-"""Random numbers that depend on a seed and an index alone."""
+"""Random numbers that depend only on a seed and an index, not on what was drawn before."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,19 +8,19 @@ from torch import Tensor
 
 
 def seeded_rng(seed: int, stream: str, index: int) -> torch.Generator:
-    """A CPU generator for item `index` of a named stream: what it draws depends on these three alone.
+    """A generator on the CPU for item `index` of the stream of that name. What it draws depends on these three arguments only.
 
-    Nothing is carried from one training step or image to the next, so a resumed run needs no generator's state, and
-    batch size or device change no draw. Neighbouring indices take neighbouring seeds, so a stream never repeats itself.
+    Nothing is carried from one training step or image to the next. So a resumed run needs no saved generator, and neither batch
+    size nor device changes a draw. Consecutive indices use consecutive seeds, so a stream doesn't repeat itself.
     """
     start = int.from_bytes(hashlib.sha256(f"{stream}/{seed}".encode()).digest()[:4])
-    return torch.Generator().manual_seed((start + index) % 2**32)  # the CPU's Mersenne twister takes 32 bits
+    return torch.Generator().manual_seed((start + index) % 2**32)  # PyTorch's Mersenne Twister uses 32 bits of the seed
 
 
 class ImageNoise:
-    """Gaussian noise [N, *shape] for images `first` … `first + count - 1` of a sampling run, drawn again at every call.
+    """New Gaussian noise [count, *shape] at every call, for the images `first`, `first + 1` … of a seed.
 
-    Image i's stream depends on (seed, i) alone, whatever batch it is in and whatever device it is made on.
+    Image i's noise depends only on the seed and i, so it is the same in any batch and on any device.
     """
 
     def __init__(self, seed: int, first: int, count: int, shape: Sequence[int], device: torch.device):

@@ -1,7 +1,7 @@
-"""Samplers: pure functions from noise to images over any denoiser.
+"""Samplers: pure functions that turn noise into images with any denoiser.
 
-A denoiser maps (x_t [N, C, H, W], t) to the clean image x̂0 that it sees in x_t. Each sampler walks down the given
-timesteps and yields (x, x̂0) after every network evaluation; the last x is the sample.
+A denoiser maps x_t [N, C, H, W] and t to its estimate x̂0 of the clean images. Each sampler goes through the given timesteps, from
+the largest to the smallest, and yields (x, x̂0) after every network evaluation; the last x is the samples.
 """
 
 import math
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion.process import Diffusion
-from ddpm.diffusion.rng import ImageNoise
 
 Denoiser = Callable[[Tensor, int], Tensor]
 
 
 def spaced_timesteps(timesteps: int, steps: int, spacing: str) -> list[int]:
-    """`steps` of the timesteps 0 … T-1, largest first.
+    """`steps` of the timesteps 0 … T-1, largest first. Raises ValueError if there is no such spacing.
 
-    trailing starts at T-1, where there is only noise; leading ends at 0; linspace has both (Lin et al. 2024, table 2), of two
-    or more. tapered is trailing with a last interval half as long as the others: all solvers are of first order there.
+    trailing starts at T-1, where there is only noise; leading ends at 0; linspace does both (Lin et al. 2024, table 2), given at
+    least two steps. tapered is like trailing, but its last interval is half as long as the others, because every solver's last
+    step is of first order.
     """
     if spacing == "linspace":
         times = torch.linspace(0, timesteps - 1, steps, dtype=torch.float64).round().long().flip(0)
@@ -38,10 +38,10 @@ def spaced_timesteps(timesteps: int, steps: int, spacing: str) -> list[int]:
 def guided_denoiser(
     model: Callable, diffusion: Diffusion, labels: Tensor, null_class: int, guidance_scale: float = 1.0, clip: bool = True
 ) -> Denoiser:
-    """The network as a denoiser of images of the given classes [N].
+    """The network as a denoiser for images of classes `labels` int64 [N].
 
-    A guidance scale w other than 1 mixes the predictions with and without the class, u + w (c - u), in one batch of
-    twice the size (Ho and Salimans 2022). `clip` keeps x̂0 in the range of pixels.
+    A guidance scale w other than 1 combines the predictions with and without the class, u + w (c - u), which are computed in one
+    batch of twice the size (Ho and Salimans 2022). `clip` limits x̂0 to the range of pixels, [-1, 1].
     """
 
     def denoise(x: Tensor, t: int) -> Tensor:
@@ -58,10 +58,10 @@ def guided_denoiser(
     return denoise
 
 
-def _signal_levels(alphas_cumprod: Tensor, timesteps: Sequence[int]) -> list[tuple[int, float, float]]:
-    """(t, ᾱ at t, ᾱ at the next timestep) for every step; after the last one there is no noise left, ᾱ = 1."""
-    levels = [alphas_cumprod[t].item() for t in timesteps] + [1.0]
-    return list(zip(timesteps, levels[:-1], levels[1:], strict=True))
+def _alpha_bars(alphas_cumprod: Tensor, timesteps: Sequence[int]) -> list[tuple[int, float, float]]:
+    """For every step: t, ᾱ at t, and ᾱ at the next timestep, which is 1 after the last step because no noise is left."""
+    alpha_bars = [alphas_cumprod[t].item() for t in timesteps] + [1.0]
+    return list(zip(timesteps, alpha_bars[:-1], alpha_bars[1:], strict=True))
 
 
 def ddpm(
@@ -69,15 +69,15 @@ def ddpm(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Ancestral sampling (Ho et al. 2020, alg. 2; eq. 6 and 7 for the posterior), over all or some timesteps.
 
-    `variance`: "small" is the posterior's β̃, right for one fixed image; "large" is β, right for Gaussian images.
+    `variance`: "small" is β̃ of the posterior, optimal for a single fixed image; "large" is β, optimal for Gaussian images.
     """
     x = noise()
-    for t, level, next_level in _signal_levels(alphas_cumprod, timesteps):
+    for t, alpha_bar, next_alpha_bar in _alpha_bars(alphas_cumprod, timesteps):
         x0 = denoise(x, t)
-        beta = 1 - level / next_level
-        mean = (next_level**0.5 * beta * x0 + (1 - beta) ** 0.5 * (1 - next_level) * x) / (1 - level)
-        if next_level < 1:
-            scale = (1 - next_level) / (1 - level) if variance == "small" else 1.0
+        beta = 1 - alpha_bar / next_alpha_bar
+        mean = (next_alpha_bar**0.5 * beta * x0 + (1 - beta) ** 0.5 * (1 - next_alpha_bar) * x) / (1 - alpha_bar)
+        if next_alpha_bar < 1:
+            scale = (1 - next_alpha_bar) / (1 - alpha_bar) if variance == "small" else 1.0
             x = mean + (scale * beta) ** 0.5 * noise()
         else:
             x = mean
@@ -87,13 +87,13 @@ def ddpm(
 def ddim(
     denoise: Denoiser, noise: Callable[[], Tensor], alphas_cumprod: Tensor, timesteps: Sequence[int], eta: float = 0.0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """DDIM (Song et al. 2021, eq. 12 and 16): deterministic at eta = 0, as noisy as ancestral sampling at eta = 1."""
+    """DDIM (Song et al. 2021, eq. 12 and 16): deterministic if eta is 0, with the noise of ancestral sampling if it is 1."""
     x = noise()
-    for t, level, next_level in _signal_levels(alphas_cumprod, timesteps):
+    for t, alpha_bar, next_alpha_bar in _alpha_bars(alphas_cumprod, timesteps):
         x0 = denoise(x, t)
-        eps = (x - level**0.5 * x0) / (1 - level) ** 0.5
-        sigma = eta * ((1 - next_level) / (1 - level) * (1 - level / next_level)) ** 0.5
-        x = next_level**0.5 * x0 + max(1 - next_level - sigma**2, 0) ** 0.5 * eps
+        eps = (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
+        sigma = eta * ((1 - next_alpha_bar) / (1 - alpha_bar) * (1 - alpha_bar / next_alpha_bar)) ** 0.5
+        x = next_alpha_bar**0.5 * x0 + max(1 - next_alpha_bar - sigma**2, 0) ** 0.5 * eps
         if sigma > 0:
             x = x + sigma * noise()
         yield x, x0
@@ -104,29 +104,29 @@ def dpmpp_2m(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """DPM-Solver++(2M), a second-order multistep solver of the probability-flow ODE (Lu et al. 2022, alg. 2).
 
-    First order at the first step, which has no past, and at the last, where λ = log(alpha / sigma) ends in infinity.
+    First order in the first step, which has no previous one, and in the last, at whose end λ = log(alpha / sigma) is infinite.
     """
     x, previous = noise(), None
-    for t, level, next_level in _signal_levels(alphas_cumprod, timesteps):
+    for t, alpha_bar, next_alpha_bar in _alpha_bars(alphas_cumprod, timesteps):
         x0 = denoise(x, t)
-        if next_level == 1:
+        if next_alpha_bar == 1:
             x = x0
         else:
-            alpha, sigma = next_level**0.5, (1 - next_level) ** 0.5
-            lam, next_lam = _half_log_snr(level), _half_log_snr(next_level)
+            alpha, sigma = next_alpha_bar**0.5, (1 - next_alpha_bar) ** 0.5
+            lam, next_lam = _half_log_snr(alpha_bar), _half_log_snr(next_alpha_bar)
             h = next_lam - lam
             d = x0
             if previous is not None:
                 previous_x0, previous_h = previous
                 d = x0 + (x0 - previous_x0) * h / (2 * previous_h)
-            x = sigma / (1 - level) ** 0.5 * x - alpha * math.expm1(-h) * d
+            x = sigma / (1 - alpha_bar) ** 0.5 * x - alpha * math.expm1(-h) * d
             previous = (x0, h)
         yield x, x0
 
 
-def _half_log_snr(level: float) -> float:
+def _half_log_snr(alpha_bar: float) -> float:
     """λ = log(alpha / sigma)."""
-    return 0.5 * math.log(level / (1 - level))
+    return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
 
 
 @torch.inference_mode()
@@ -135,7 +135,7 @@ def iter_samples(
     diffusion: Diffusion,
     labels: Tensor,
     null_class: int,
-    noise: ImageNoise,
+    noise: Callable[[], Tensor],
     sampler: str = "ddim",
     steps: int = 20,
     spacing: str = "trailing",
@@ -144,10 +144,17 @@ def iter_samples(
     clip: bool = True,
     guidance_scale: float = 1.0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Run the named sampler for images of classes `labels` [N]; yields as the samplers do."""
+    """(x, x̂0) after every network evaluation of the named sampler, for images of classes `labels` int64 [N].
+
+    `noise()` gives Gaussian noise [N, C, H, W]: first x_T, then what the sampler adds.
+    """
     denoise = guided_denoiser(model, diffusion, labels, null_class, guidance_scale, clip)
     timesteps = spaced_timesteps(diffusion.timesteps, steps, spacing)
-    options = {"ddpm": {"variance": variance}, "ddim": {"eta": eta}, "dpmpp_2m": {}}[sampler]
-    yield from {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m}[sampler](
-        denoise, noise, diffusion.alphas_cumprod, timesteps, **options
-    )
+    if sampler == "ddpm":
+        yield from ddpm(denoise, noise, diffusion.alphas_cumprod, timesteps, variance)
+    elif sampler == "ddim":
+        yield from ddim(denoise, noise, diffusion.alphas_cumprod, timesteps, eta)
+    elif sampler == "dpmpp_2m":
+        yield from dpmpp_2m(denoise, noise, diffusion.alphas_cumprod, timesteps)
+    else:
+        raise ValueError(f"unknown sampler {sampler!r}")

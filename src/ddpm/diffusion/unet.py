@@ -1,8 +1,8 @@
 """The denoiser: a U-Net with residual blocks, attention at the low resolutions, and timestep and class conditioning.
 
-After Ho et al. 2020, app. B, with scale-shift conditioning (Dhariwal and Nichol 2021, sec. 4.3) and an optional
-pixel-unshuffle stem, which trades 28×28 pixels of one channel for 14×14 of four: most of the cost of a U-Net on small
-images lies at its highest resolution, and most of what is worth knowing at the others.
+As in Ho et al. 2020, app. B, but with scale-shift conditioning (Dhariwal and Nichol 2021, sec. 4.3) and, if asked for, a
+pixel-unshuffle at the input. It turns 28×28 pixels of one channel into 14×14 of four, because a U-Net of small images takes most
+of its time at the highest resolution, but learns most at the lower ones.
 """
 
 import math
@@ -21,7 +21,7 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000) -> Ten
 
 
 def zeroed(module: nn.Module) -> nn.Module:
-    """`module` with zero weights: a residual branch that starts as the identity."""
+    """`module` with all its parameters set to zero: the last layer of a residual branch, which then starts as the identity."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -69,17 +69,17 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """Images float [N, C, H, W], timesteps int64 [N], classes int64 [N] → the prediction [N, C, H, W].
 
-    Class `classes` (one past the last) is the null class: "any of them".
+    The class number `classes`, one more than the last one, is the null class: it stands for any class.
     """
 
     def __init__(
         self,
-        channels: Sequence[int] = (48, 96),  # width of each level; each next one has half the resolution
-        blocks: int = 2,  # residual blocks a level, going down and again going up
-        attention: Sequence[int] = (7,),  # resolutions whose blocks attend
+        channels: Sequence[int] = (48, 96),  # width of each level; each level has half the resolution of the one before
+        blocks: int = 2,  # residual blocks per level, on the way down and again on the way up
+        attention: Sequence[int] = (7,),  # resolutions with self-attention after each block
         heads: int = 4,
         dropout: float = 0.0,
-        patch_size: int = 2,  # of the pixel-unshuffle stem; 1 for none
+        patch_size: int = 2,  # of the pixel-unshuffle at the input; 1 for none
         classes: int = 10,
         image_size: int = 28,
         image_channels: int = 1,
@@ -114,7 +114,7 @@ class UNet(nn.Module):
             self.up.append(nn.ModuleList(level((width if b == 0 else c) + skips.pop(), c, size) for b in range(blocks)))
             width = c
             if i > 0:
-                self.upsample.append(nn.ConvTranspose2d(width, width, 2, stride=2))  # no overlap, no checkerboard
+                self.upsample.append(nn.ConvTranspose2d(width, width, 2, stride=2))  # no overlap, so no checkerboard
                 size *= 2
         self.norm = nn.GroupNorm(groups, width)
         self.head = zeroed(nn.Conv2d(width, image_channels * patch_size**2, 3, padding=1))
@@ -126,13 +126,13 @@ class UNet(nn.Module):
         for i, blocks in enumerate(self.down):
             if i > 0:
                 h = self.downsample[i - 1](h)
-            for block, attend in blocks:
+            for block, attend in blocks:  # type: ignore[attr-defined]  # of a ModuleList of ModuleLists
                 h = attend(block(h, emb))
                 skips.append(h)
         h = self.middle2(self.middle_attention(self.middle1(h, emb)), emb)
         for i, blocks in enumerate(self.up):
             if i > 0:
                 h = self.upsample[i - 1](h)
-            for block, attend in blocks:
+            for block, attend in blocks:  # type: ignore[attr-defined]
                 h = attend(block(torch.cat([h, skips.pop()], dim=1), emb))
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.patch_size)

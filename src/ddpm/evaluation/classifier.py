@@ -16,9 +16,9 @@ from ddpm.files import file_sha256, load_tensors
 from ddpm.params import FASHION_MNIST
 from ddpm.paths import CLASSIFIER
 
-PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of Fashion-MNIST, pixels in [0, 1]; another set's are learned by its first layer
+PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of Fashion-MNIST's pixels in [0, 1]; for other data the first layer learns its own
 FEATURES = 128
-TURNS = 4  # classes of a network that learned by which quarter turn an image was turned
+TURNS = 4  # classes of a network that learned to recognise quarter turns, for data without classes
 MADE_BY = "python src/train_classifier.py"
 
 
@@ -55,20 +55,21 @@ class Classifier(nn.Module):
 
 
 def load_classifier(path: Path, data: str = FASHION_MNIST) -> Classifier:
-    """The frozen evaluator at `path`, in float32, after its bytes have been checked against the `.json` beside it.
+    """The frozen evaluator at `path`, in float32. Its bytes are checked against the card beside it, a .json file.
 
-    Raises UserError if either file is missing, the hash is another, or it was trained on another data set than `data`.
+    Raises UserError if either file is missing, the hash differs, or it was trained on another data set than `data`.
     """
     card = path.with_suffix(".json")
-    made_by = f"git checkout {path} {card}" if path == CLASSIFIER else f"{MADE_BY} --out {path}"
+    is_committed = path == CLASSIFIER
+    remedy = f"`git checkout {path} {card}` restores" if is_committed else f"`{MADE_BY} --out {path}` makes"
     try:
         content = json.loads(card.read_text())
         expected, trained_on = content["sha256"], content["data"]
     except FileNotFoundError:
-        raise UserError(f"{card}: there is no such file; `{made_by}` makes it together with {path.name}") from None
+        raise UserError(f"{card}: there is no such file; {remedy} it together with {path.name}") from None
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{card}: holds no sha256 and data of {path.name}; `{made_by}` makes both anew") from None
-    weights = load_tensors(path, {"weights"}, f"`{made_by}` makes it")["weights"]
+        raise UserError(f"{card}: holds no sha256 and data of {path.name}; {remedy} both") from None
+    weights = load_tensors(path, {"weights"}, f"{remedy} it")["weights"]
     if file_sha256(path) != expected:
         raise UserError(f"{path}: not the classifier that {card.name} describes (SHA-256 differs); FIDs would not compare")
     if trained_on != data:

@@ -1,7 +1,8 @@
-""""""
+"""Features of images by the frozen classifier, and a cache of those of the real images."""
 
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,41 +13,48 @@ from ddpm.files import read_verified, write_verified
 from ddpm.runtime.distributed import SINGLE_PROCESS, Group
 
 
+class Extracted(NamedTuple):
+    features: Tensor  # float32 [N, FEATURES], on the CPU
+    predictions: Tensor  # int64 [N], classes
+
+
+EMPTY = Extracted(torch.empty(0, FEATURES), torch.empty(0, dtype=torch.int64))
+
+
 @torch.inference_mode()
 def extract(
     classifier: Classifier, images: Tensor, device: torch.device, batch_size: int = 500, group: Group = SINGLE_PROCESS
-) -> tuple[Tensor, Tensor]:
-    """Features float32 [N, 128] and predicted classes int64 [N] of uint8 images [N, …], on the CPU.
-
-    Every process of `group` computes its share of the batches; only the first gets the whole.
-    """
-    classifier = classifier.to(device, memory_format=torch.channels_last)
+) -> Extracted:
+    """Features and predicted classes of uint8 images [N, …]. Each rank computes its share; all but rank 0 get EMPTY."""
+    classifier = classifier.to(device).to(memory_format=torch.channels_last)
     mine = group.shard(images.split(batch_size))
-    features, predictions = [torch.empty(0, FEATURES)], [torch.empty(0, dtype=torch.int64)]
-    options = {"unit": "batch", "desc": f"features of {len(images)}", "dynamic_ncols": True, "disable": not group.is_main}
-    with tqdm(mine, delay=1e-9, **options) as bar:  # not drawn before `with` can end its line
+    features, predictions = [EMPTY.features], [EMPTY.predictions]
+    what, hidden = f"features of {len(images)}", not group.is_main
+    # The delay keeps the bar from printing before `with` can end its line.
+    with tqdm(mine, unit="batch", desc=what, dynamic_ncols=True, disable=hidden, delay=1e-9) as bar:
         for batch in bar:
             f, logits = classifier(batch.to(device))
             features.append(f.float().cpu())
             predictions.append(logits.argmax(1).cpu())
-    return group.gather(torch.cat(features)), group.gather(torch.cat(predictions))
+    all_features, all_predictions = group.gather(torch.cat(features)), group.gather(torch.cat(predictions))
+    return EMPTY if all_features is None or all_predictions is None else Extracted(all_features, all_predictions)
 
 
 def extract_cached(
     classifier: Classifier, images: Tensor, device: torch.device, cache: Path, group: Group = SINGLE_PROCESS
-) -> tuple[Tensor, Tensor]:
-    """`extract`, kept in the folder `cache` for the next time: the real images are the same at every evaluation."""
+) -> Extracted:
+    """`extract`, with the result kept in the folder `cache`: real images are the same in every evaluation."""
     digest = hashlib.sha256()
     for rows in images.split(10_000):
         digest.update(rows.numpy().tobytes())
     for weight in classifier.state_dict().values():
         digest.update(weight.cpu().numpy().tobytes())
-    digest.update(f"{torch.__version__} {device} {torch.get_num_threads()}".encode())  # what rounding depends on
+    digest.update(f"{torch.__version__} {device} {torch.get_num_threads()}".encode())  # rounding depends on these
     path = cache / f"features-{digest.hexdigest()[:16]}.pt"
     content = read_verified(path) if group.is_main else None
-    if group.broadcast(content is None):
-        features, predictions = extract(classifier, images, device, group=group)
-        content = {"features": features, "predictions": predictions}
-        if group.is_main:
-            write_verified(path, content)
-    return (content["features"], content["predictions"]) if group.is_main else (None, None)
+    if not group.broadcast(content is None):
+        return Extracted(**content) if content else EMPTY
+    extracted = extract(classifier, images, device, group=group)
+    if group.is_main:
+        write_verified(path, extracted._asdict())
+    return extracted

@@ -1,44 +1,81 @@
-""""""
+"""The whole evaluation of a set of samples: each figure beside what real images score."""
+
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from ddpm.data.dataset import Dataset
+from ddpm.data.samples_file import Samples
 from ddpm.evaluation.classifier import Classifier
-from ddpm.evaluation.features import extract, extract_cached
-from ddpm.evaluation.metrics import fid, kid, memorisation, nearest
-from ddpm.figures import save_png, sheet
-from ddpm.paths import NEIGHBOURS, project_root
+from ddpm.evaluation.features import Extracted, extract, extract_cached
+from ddpm.evaluation.metrics import fid, kid, memorisation, nearest, prdc
+from ddpm.figures import sheet
 from ddpm.runtime.distributed import Group
 
-FLOOR_DRAWS = 5
+FLOOR_DRAWS = 5  # a floor is the mean over this many draws of real images
 PAIRS = 12  # closest pairs shown
-REFERENCES = 100_000  # real images to compare with, at most
+REFERENCES = 100_000  # largest number of real images to compare with
 
 
-def features(
-    classifier: Classifier, images: Tensor, data: Dataset, device: torch.device, group: Group
-) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Features and predicted classes of the samples, of the images that they are compared with, and of those for testing."""
-    cache = project_root() / ".cache"
-    return (
+class Features(NamedTuple):
+    """What the classifier makes of the three sets that are compared."""
+
+    samples: Extracted
+    train: Extracted
+    test: Extracted
+
+
+def extract_all(
+    classifier: Classifier, images: Tensor, data: Dataset, device: torch.device, cache: Path, group: Group
+) -> Features:
+    """Features of samples (uint8 `images`) and of the real images, which are cached. Only rank 0 gets them."""
+    return Features(
         extract(classifier, images, device, group=group),
         extract_cached(classifier, data.images, device, cache, group),
         extract_cached(classifier, data.test_images, device, cache, group),
     )
 
 
-def class_balanced(pool: Tensor, labels: Tensor, draw: int) -> Tensor | None:
+def judge(samples: Samples, data: Dataset, features: Features) -> tuple[dict[str, float], Image]:
+    """All metrics by name, and the picture of the samples that are closest to a training image."""
+    labels, (sample_features, predicted) = samples.labels, features.samples
+    train, (test, test_predicted) = features.train.features, features.test
+    metrics = {"fid": fid(sample_features, train), "fid_test": fid(sample_features, test), "kid": kid(sample_features, train)}
+
+    n = min(len(sample_features), len(test))
+    count = (
+        1 if len(sample_features) == len(test) else FLOOR_DRAWS
+    )  # with as many samples as test images, every draw is the whole test set
+    draws = [draw for seed in range(count) if (draw := class_balanced(data.test_labels, labels, seed)) is not None]
+    if draws:
+        metrics |= floors(train, test, data, labels, draws)
+    unseen = draws[0] if draws else slice(None)  # there is no floor if some class has more samples than test images
+    real = test[unseen]
+    metrics |= prdc(sample_features[:n], real)
+    if (real_draw := class_balanced(data.labels, labels[:n], 0)) is not None:
+        metrics |= {f"{name}_real": value for name, value in prdc(train[real_draw], real).items()}
+
+    if (labels >= 0).all():
+        metrics["class_accuracy"] = (predicted == labels).float().mean().item()
+    if data.classes:
+        metrics["class_accuracy_real"] = (test_predicted == data.test_labels).float().mean().item()
+    copies, picture = neighbours(samples.images, sample_features, data, train, data.test_images[unseen], real)
+    return metrics | copies, picture
+
+
+def class_balanced(pool: Tensor, labels: Tensor, seed: int) -> Tensor | None:
     """Indices into the labels `pool` of as many images of each class as `labels` has, drawn without replacement.
 
     Labels of -1 stand for every class equally. None if some class has too few, or there are fewer labels than classes.
     """
-    known, classes = labels[labels >= 0], pool.max().item() + 1
+    known, classes = labels[labels >= 0], int(pool.max()) + 1
     counts = torch.bincount(known, minlength=classes) + (len(labels) - len(known)) // classes
     if not counts.any():
         return None
-    generator = torch.Generator().manual_seed(draw)
-    order = torch.randperm(len(pool), generator=generator)
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
     indices = []
     for c, count in enumerate(counts.tolist()):
         of_class = order[pool[order] == c]
@@ -49,10 +86,10 @@ def class_balanced(pool: Tensor, labels: Tensor, draw: int) -> Tensor | None:
 
 
 def floors(train: Tensor, test: Tensor, data: Dataset, labels: Tensor, draws: list[Tensor]) -> dict[str, float]:
-    """What as many real images score against the same references: no model can be expected to do better."""
+    """The scores of an equal number of real images against the same references: the practical limit for any model."""
     floors = {"fid_floor": torch.tensor([fid(test[draw], train) for draw in draws])}
-    others = [class_balanced(data.labels, labels, draw) for draw in range(FLOOR_DRAWS)]
-    if others[0] is not None:
+    others = [draw for seed in range(FLOOR_DRAWS) if (draw := class_balanced(data.labels, labels, seed)) is not None]
+    if others:
         floors["fid_test_floor"] = torch.tensor([fid(train[draw], test) for draw in others])
     floors["kid_floor"] = torch.tensor([kid(test[draw], train) for draw in draws])
     means = {name: values.mean().item() for name, values in floors.items()}
@@ -60,16 +97,17 @@ def floors(train: Tensor, test: Tensor, data: Dataset, labels: Tensor, draws: li
 
 
 def neighbours(
-    images: Tensor, samples: Tensor, train_images: Tensor, train: Tensor, test_images: Tensor, test: Tensor
-) -> dict[str, float]:
-    """Are the samples copies? Nearest training images of samples and of test images, in pixels and in features."""
-    metrics, rows = {}, []
-    for suffix, mine, reference, unseen in (("", images, train_images, test_images), ("_features", samples, train, test)):
-        distance, index = nearest(mine, reference)
-        ratio, share = memorisation(distance, nearest(unseen, reference)[0])
+    images: Tensor, sample_features: Tensor, data: Dataset, train: Tensor, unseen_images: Tensor, unseen: Tensor
+) -> tuple[dict[str, float], Image]:
+    """Whether samples are copies: how near their nearest training image is, compared with that of unseen real images."""
+    metrics: dict[str, float] = {}
+    rows: list[Tensor] = []
+    in_pixels, in_features = (images, data.images, unseen_images), (sample_features, train, unseen)
+    for suffix, (queries, reference, real) in (("", in_pixels), ("_features", in_features)):
+        distance, index = nearest(queries, reference)
+        ratio, share = memorisation(distance, nearest(real, reference)[0])
         metrics |= {f"nearest_neighbour_ratio{suffix}": ratio, f"closer_than_test{suffix}": share}
         closest = distance.argsort()[:PAIRS]
-        rows += [images[closest], train_images[index[closest]]]
+        rows += [images[closest], data.images[index[closest]]]
     names = ["sample", "nearest in pixels", "sample", "nearest in features"]
-    save_png(NEIGHBOURS, sheet(torch.cat(rows), len(closest), names))
-    return metrics
+    return metrics, sheet(torch.cat(rows), min(PAIRS, len(images)), names)

@@ -4,18 +4,19 @@ Every figure compares sets of feature vectors [N, D] (or pixels) and is a plain,
 """
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-ONE_PROCESS = {"sync_on_compute": False}  # has all features, also where several gathered them
-ROWS = 1000  # of a distance matrix held at a time
-HELD = 1 << 28  # bytes of what they are distances to
+ONE_PROCESS: dict[str, Any] = {"sync_on_compute": False}  # rank 0 computes alone: it has gathered all features
+ROWS = 1000  # of a distance matrix in memory at a time
+HELD = 1 << 28  # bytes of reference points in memory at a time
 
 
 class _Features(nn.Module):
-    """Stands where torchmetrics expects a network: what it is given are the features already."""
+    """Takes the place of the network that torchmetrics expects, because we pass it features instead of images."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -27,7 +28,7 @@ class _Features(nn.Module):
 
 def fid(samples: Tensor, reference: Tensor) -> float:
     """Fréchet distance between Gaussians fitted to two sets of features [N, D], [M, D] (Heusel et al. 2017, eq. 6)."""
-    from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds, and mistakes are to be told before
+    from torchmetrics.image.fid import FrechetInceptionDistance  # slow to import; the user's mistakes are reported before
 
     metric = FrechetInceptionDistance(_Features(samples.shape[1]), **ONE_PROCESS)
     metric.update(reference.double(), real=True)
@@ -40,7 +41,7 @@ def kid(samples: Tensor, reference: Tensor, seed: int = 0) -> float:
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(KID_SUBSET_SIZE, len(samples), len(reference))
-    with warnings.catch_warnings(action="ignore"):  # that it holds all features in memory; we do anyway
+    with warnings.catch_warnings(action="ignore"):  # a warning that it holds all features in memory, which is intended
         network = _Features(samples.shape[1])
         metric = KernelInceptionDistance(network, subsets=KID_SUBSETS, subset_size=size, **ONE_PROCESS)
     metric.update(reference.float(), real=True)
@@ -65,8 +66,8 @@ def prdc(samples: Tensor, reference: Tensor, k: int = 5) -> dict[str, float]:
     for rows, radii in zip(samples.split(ROWS), sample_radii.split(ROWS), strict=True):
         distance = torch.cdist(rows, reference)
         in_reference = distance <= reference_radii
-        precise += in_reference.any(1).sum().item()
-        density += in_reference.sum().item()
+        precise += int(in_reference.any(1).sum())
+        density += int(in_reference.sum())
         covered |= in_reference.any(0)
         within_samples |= (distance <= radii[:, None]).any(0)
     return {
@@ -80,7 +81,8 @@ def prdc(samples: Tensor, reference: Tensor, k: int = 5) -> dict[str, float]:
 def nearest(queries: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Euclidean distance [N] to, and index [N] of, the nearest of `reference` [M, …] for each of `queries` [N, …].
 
-    Both are features, float [N, D], or images, uint8 [N, …], whose pixels count from 0 to 1; of these few at a time are read.
+    Both are features, float [N, D], or images, uint8 [N, …], whose pixels are scaled to 0 … 1. Only a part of a large reference
+    is in memory at a time.
     """
     best = _points(queries[:1]).new_full((len(queries),), torch.inf)
     index = torch.zeros(len(queries), dtype=torch.int64)
@@ -92,7 +94,7 @@ def nearest(queries: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
             closer = distance < best[rows]
             best[rows] = torch.where(closer, distance, best[rows])
             index[rows] = torch.where(closer, found + start, index[rows])
-    distance = torch.cat(  # once more without the matrix product, whose rounding blurs distances near zero
+    distance = torch.cat(  # recomputed without the matrix product, whose rounding blurs distances near zero
         [
             (_points(queries[rows]) - _points(reference[index[rows]])).norm(dim=1)
             for rows in torch.arange(len(queries)).split(ROWS)
@@ -106,10 +108,10 @@ def _points(x: Tensor) -> Tensor:
 
 
 def memorisation(sample_distance: Tensor, test_distance: Tensor) -> tuple[float, float]:
-    """How much closer to the training set samples lie than unseen real images do, from both nearest distances.
+    """Whether samples lie closer to the training set than unseen real images do, from the nearest distances of both.
 
-    Returns the ratio of the medians (well under 1: copies) and the share of samples nearer than the first percentile of
-    the test images (0.01 is what real images have).
+    Returns the ratio of the medians (copies: well below 1) and the share of samples that are nearer than the nearest 1 % of the
+    test images (real images: 0.01).
     """
     ratio = sample_distance.median() / test_distance.median()
     share = (sample_distance < test_distance.quantile(0.01)).float().mean()

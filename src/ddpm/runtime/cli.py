@@ -1,4 +1,4 @@
-"""What every command does around its work: arguments, signals, and mistakes told in one line."""
+"""What every command does around its work: number arguments, durations, one-line errors, and stopping on signals."""
 
 import argparse
 import signal
@@ -6,13 +6,17 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 
 from ddpm.errors import Stopped, UserError
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+POSTPONED_SECONDS = 0.05
+
 
 def between(low: int, high: int) -> Callable[[str], int]:
-    """For argparse: what reads a whole number in this range, or refuses with a line that says so."""
+    """A `type` for argparse: whole numbers in this range. Others are refused with a line that says so."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or not low <= int(text) <= high:
@@ -22,41 +26,28 @@ def between(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
+def duration(seconds: float) -> str:
+    """For people: 7.4 s, or 12 min 5 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
 @contextmanager
 def clean_errors() -> Iterator[None]:
-    """End the program with one line where the user's mistake (exit status 1) or a signal (143, 130) is the cause.
+    """End the program with one line on a mistake of the user (exit status 1), SIGTERM (143) or Ctrl-C (130).
 
-    A signal waits until imports are done, which would else keep a lock that other threads then wait for, or tell an importer
-    that can do without that there is no such library. Where it strikes in a callback of the garbage collector, which lets no
-    exception out, it strikes again.
+    A signal ends the program at once; during an import or a garbage-collector callback, a moment later.
     """
-
-    def again(number: int) -> None:
-        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if any(f.f_code.co_filename.startswith("<frozen importlib") for f, _ in traceback.walk_stack(frame)):
-            again(number)
-        else:
-            raise Stopped(number)
-
-    def lost(ignored: "sys.UnraisableHookArgs") -> None:
-        if isinstance(ignored.exc_value, Stopped):
-            again(ignored.exc_value.exit_status - 128)
-        else:
-            before(ignored)
-
-    before, sys.unraisablehook = sys.unraisablehook, lost
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    sys.unraisablehook = partial(_repeat_lost_signal, sys.unraisablehook)
+    for number in SIGNALS:
+        signal.signal(number, _stop)
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except Stopped as stopped:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_status)
@@ -64,17 +55,44 @@ def clean_errors() -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and Ctrl-C append to, so that the loop stops between two steps; a second Ctrl-C stops it at once."""
+    """A list that SIGTERM and Ctrl-C are appended to, so that a loop can stop between steps. A second Ctrl-C raises Stopped."""
     received: list[int] = []
 
-    def handle(number: int, _frame: object) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         if received and number == signal.SIGINT:
-            raise Stopped(number)
-        received.append(number)
+            _stop(number, frame)
+        else:
+            received.append(number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Raise Stopped, but let an import complete first.
+
+    An import that is cut short would keep a lock that other threads wait for, or code with an optional import would think that
+    the library isn't installed.
+    """
+    if any(f.f_code.co_filename.startswith("<frozen importlib") for f, _ in traceback.walk_stack(frame)):
+        _postpone(number)
+    else:
+        raise Stopped(number)
+
+
+def _repeat_lost_signal(hook: Callable, lost: "sys.UnraisableHookArgs") -> None:
+    """Send a signal again if its Stopped was raised in a callback of the garbage collector, which no exception can leave."""
+    if isinstance(lost.exc_value, Stopped):
+        _postpone(lost.exc_value.exit_status - 128)
+    else:
+        hook(lost)
+
+
+def _postpone(number: int) -> None:
+    """Send this process the signal a moment later."""
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+    signal.setitimer(signal.ITIMER_REAL, POSTPONED_SECONDS)

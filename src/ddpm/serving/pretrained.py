@@ -1,4 +1,4 @@
-"""The trained model that comes with the repository, and how its card says that it is sampled."""
+"""The trained model that comes with the repository: the sampling parameters that its metrics were measured with."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ from ddpm.paths import PRETRAINED_CARD
 
 
 def pretrained_sampling(root: Path = Path()) -> SampleParams:
-    """As in the run that judged it. Raises UserError where the card is missing or damaged."""
+    """The sampling parameters on the model's card. Raises UserError if the card is missing or corrupt."""
     try:
         return SampleParams.model_validate(json.loads((root / PRETRAINED_CARD).read_text())["params"]["sample"])
-    except (OSError, ValueError, LookupError, TypeError):  # pydantic raises ValueError
-        raise UserError(f"{PRETRAINED_CARD}: missing or damaged; `git checkout {PRETRAINED_CARD}` brings it back") from None
+    except (OSError, ValueError, LookupError, TypeError):  # pydantic raises a ValueError
+        raise UserError(f"{PRETRAINED_CARD}: missing or corrupt; `git checkout {PRETRAINED_CARD}` restores it") from None

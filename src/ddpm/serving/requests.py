@@ -1,4 +1,4 @@
-"""Images on request: what may be asked for, and the answer."""
+"""Images on request: what a client may ask for, and the answer to it."""
 
 import base64
 import difflib
@@ -19,15 +19,15 @@ from ddpm.figures import png
 from ddpm.params import SampleParams
 from ddpm.sampling.pipeline import Pipeline, label_batches
 
-ONE_AT_A_TIME = threading.Lock()  # PyTorch uses all processors for one batch
+ONE_AT_A_TIME = threading.Lock()  # requests wait for one another: PyTorch uses all processors for one batch
 
 
 class Request(BaseModel):
-    """Images `0` … `count - 1` of a sampling run; what is left out is as in the run that the model was judged by."""
+    """Images `0` … `count - 1` of a seed. Omitted values default to those that the model was evaluated with."""
 
     model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
-    classes: list[str] | None = None  # names or numbers, taken in turn
+    classes: list[str] | None = None  # names or numbers; the images take turns
     count: int = Field(10, ge=1, le=500)
     seed: int = Field(0, ge=0, lt=2**32)
     steps: int | None = Field(None, ge=1, le=10_000)
@@ -35,37 +35,23 @@ class Request(BaseModel):
 
     @field_validator("classes")
     @classmethod
-    def _some(cls, values: list[str] | None) -> list[str] | None:
+    def _not_empty(cls, values: list[str] | None) -> list[str] | None:
         if values == []:
             raise PydanticCustomError("allowed", "a list of classes, or left out for all of them")
         return values
 
 
-def class_numbers(asked: list[str], classes: Sequence[str]) -> list[int]:
-    """Which of the `classes` are meant, by name or number. Raises UserError where one is none of them."""
-    numbers = {str(i): i for i in range(len(classes))} | {name.lower(): i for i, name in enumerate(classes)}
-    for text in asked:
-        if text.strip().lower() not in numbers:
-            if "," in text:
-                hint = "one in each"
-            elif len(begun := [name for name in numbers if name.startswith(text.strip().lower())]) == 1:
-                hint = f"did you mean {classes[numbers[begun[0]]]}?"
-            elif not text.strip().isdecimal() and (close := difflib.get_close_matches(text.lower(), numbers, n=1)):
-                hint = f"did you mean {classes[numbers[close[0]]]}?"
-            else:
-                hint = f"there are {', '.join(classes)}" if classes else "the model knows none"
-            raise UserError(f"classes: {reprlib.repr(asked)} should be a list of classes, by name or number; {hint}")
-    return [numbers[text.strip().lower()] for text in asked]
-
-
 def respond(pipeline: Pipeline, sampling: SampleParams, request: Request) -> tuple[Tensor, list[str]]:
-    """Images uint8 [N, …] and the names of their classes. Raises UserError where the model can't do that."""
+    """Images uint8 [N, H, H] or [N, H, H, 3], and the name of each one's class.
+
+    `sampling` has the values that the request omits. Raises UserError if the model can't do what is asked.
+    """
     changes: dict[str, Any] = request.model_dump(include={"seed", "steps", "guidance_scale"}, exclude_none=True)
     if request.classes:
         changes["classes"] = class_numbers(request.classes, pipeline.classes)
-    if pipeline.label_dropout == 1:  # it knows no classes
+    if pipeline.label_dropout == 1:  # trained without classes
         changes.setdefault("classes", "none")
-    elif pipeline.label_dropout == 0:  # it can't be guided
+    elif pipeline.label_dropout == 0:  # guidance needs a model that also trained without classes
         changes.setdefault("guidance_scale", 1.0)
     p = sampling.model_copy(update=changes)
     pipeline.check(p)
@@ -79,6 +65,27 @@ def respond(pipeline: Pipeline, sampling: SampleParams, request: Request) -> tup
 
 
 def encoded(images: Tensor, names: list[str]) -> list[dict[str, str]]:
-    """For JSON: each image's class and its PNG, a pixel a pixel, in base64."""
+    """The answer in JSON: for each image its class, and a PNG of its own size in base64."""
     pngs = [png(Image.fromarray(image.numpy())) for image in images]
     return [{"class": name, "png": base64.b64encode(data).decode()} for name, data in zip(names, pngs, strict=True)]
+
+
+def class_numbers(asked: list[str], classes: Sequence[str]) -> list[int]:
+    """The numbers of classes that are given by name, in any case, or by number. Raises UserError if one doesn't exist."""
+    numbers = {str(i): i for i in range(len(classes))} | {name.lower(): i for i, name in enumerate(classes)}
+    for text in asked:
+        if text.strip().lower() not in numbers:
+            hint = _hint(text, numbers, classes)
+            raise UserError(f"classes: {reprlib.repr(asked)} should be a list of classes, by name or number; {hint}")
+    return [numbers[text.strip().lower()] for text in asked]
+
+
+def _hint(text: str, numbers: dict[str, int], classes: Sequence[str]) -> str:
+    """What a user may have meant by `text`, which is no class."""
+    if "," in text:
+        return "give each class by itself"
+    if len(longer := [name for name in numbers if name.startswith(text.strip().lower())]) == 1:
+        return f"did you mean {classes[numbers[longer[0]]]}?"
+    if not text.strip().isdecimal() and (close := difflib.get_close_matches(text.lower(), numbers, n=1)):
+        return f"did you mean {classes[numbers[close[0]]]}?"
+    return f"the classes are {', '.join(classes)}" if classes else "this model has no classes"

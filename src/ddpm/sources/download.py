@@ -1,4 +1,4 @@
-"""Where Fashion-MNIST comes from: a folder, a mirror or a Debian package; whatever it is, the bytes are verified."""
+"""Downloads Fashion-MNIST: from a folder, a mirror or a Debian package. Every file is verified, wherever it comes from."""
 
 import gzip
 import shutil
@@ -17,26 +17,25 @@ from ddpm.data.fashion_mnist import FILES
 from ddpm.errors import UserError
 from ddpm.files import sha256, write_atomic
 
-MIRRORS = ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",)  # torchvision's; plain http, hence the hashes
+MIRRORS = ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",)  # the same as torchvision's; it has no https
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 CONNECT_TIMEOUT, READ_TIMEOUT = 5, 30  # seconds
 
 
 class SourceError(Exception):
-    """Why a source gives nothing."""
+    """A source can't be used; the message says why."""
 
 
 class FileError(SourceError):
-    """Why a source does not give one file; it may give the others."""
+    """A source lacks one file, or has it with other bytes; it may have the others."""
 
 
 def download(raw: Path, cache: Path, folder: Path | None = None, mirrors: Sequence[str] = MIRRORS, debian: bool = True) -> None:
-    """Put the four verified files into `raw`.
+    """Put the four verified files into `raw`, and keep them in `cache`.
 
-    Tries in order: the files already verified in `cache`; `folder`, which holds them packed or unpacked; each of
-    `mirrors`; the Debian package. A source need not have all four: the next one is asked for what is still missing.
-    Every file is verified, then renamed into place, so that an interrupted download leaves nothing that looks finished.
-    Raises UserError that lists every source and why it failed.
+    Files that aren't in `cache` yet are looked for in `folder`, packed or unpacked, then in each of `mirrors`, and last, unless
+    `debian` is False, in the Debian package. They are verified before they are put in place, so an interrupted download leaves
+    no incomplete file. Raises UserError with a list of the sources and why they failed.
     """
     missing = [name for name in FILES if not _is_verified(cache / name)]
     failures = []
@@ -64,10 +63,9 @@ def download(raw: Path, cache: Path, folder: Path | None = None, mirrors: Sequen
                 missing.remove(name)
     if missing:
         raise UserError(
-            f"Fashion-MNIST could not be had: {', '.join(missing)} missing. Tried:\n"
+            f"Fashion-MNIST could not be downloaded: {', '.join(missing)} missing. Tried:\n"
             + "".join(f"  - {failure}\n" for failure in failures)
-            + "Put the four .gz files (or the unpacked ones) into a folder, name it in params.yaml as"
-            " data.folder, and run again."
+            + "Put the four .gz files (or the unpacked ones) into a folder, set data.folder in params.yaml to it, and run again."
         )
     for name in FILES:
         write_atomic(raw / name, (cache / name).read_bytes())
@@ -86,7 +84,7 @@ def _unpack(name: str, data: bytes) -> bytes:
     try:
         return gzip.decompress(data)
     except (EOFError, OSError, zlib.error) as error:
-        raise FileError(f"{name}.gz is not a whole gzip file ({error})") from None
+        raise FileError(f"{name}.gz is not a complete gzip file ({error})") from None
 
 
 def _from_folder(folder: Path, name: str) -> bytes:
@@ -113,7 +111,7 @@ def _from_mirror(mirror: str, name: str) -> bytes:
                     bar.update(len(chunk))
     except requests.HTTPError as error:
         raise FileError(f"{name}.gz: HTTP {error.response.status_code} {error.response.reason}") from None
-    except Exception as error:  # requests passes urllib3's errors of the raw stream through as they are
+    except Exception as error:  # from the raw stream, requests lets urllib3's own errors through
         raise SourceError(f"{name}.gz: {type(error).__name__}") from None
     return _unpack(name, bytes(data))
 
@@ -133,7 +131,7 @@ def _unpack_package(temporary: Path, unpacked: Path) -> None:
         if shutil.which(tool) is None:
             raise SourceError(f"this machine has no {tool}")
     options = ["-o", f"Acquire::http::Timeout={CONNECT_TIMEOUT}", "-o", "Acquire::Retries=1", "-o", "APT::Sandbox::User="]
-    private = [  # a package list of our own, where the machine's is empty or old: no root needed
+    private = [  # use our own package list (no root needed), in case the machine's is empty or outdated
         *("-o", f"Dir::State::Lists={temporary}/lists", "-o", f"Dir::Cache={temporary}/cache"),
     ]
     download = ["download", DEBIAN_PACKAGE]
@@ -149,7 +147,7 @@ def _unpack_package(temporary: Path, unpacked: Path) -> None:
 
 
 def _run(command: list[str], folder: Path) -> None:
-    """Run a command whose own progress goes to the terminal; its last error line is the reason if it fails."""
+    """Run a command, with its output to the terminal. If it fails, raises SourceError with the last line of its errors."""
     process = subprocess.run(command, cwd=folder, stdout=sys.stderr.fileno(), stderr=subprocess.PIPE, text=True, check=False)
     if process.returncode != 0:
         lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]

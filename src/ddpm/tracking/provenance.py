@@ -1,4 +1,4 @@
-"""Where a run comes from: git's commit, DVC's experiment, the parameters that were changed; as name, tags and description."""
+"""Where a run comes from: the commit, the DVC experiment and the changed parameters, as its name, tags and description."""
 
 import hashlib
 import json
@@ -16,114 +16,97 @@ from ddpm.files import file_md5
 from ddpm.params import SampleParams
 from ddpm.paths import LOCK, MODEL, PRESETS, SAMPLES
 
-SECTIONS = {  # of the parameters that a stage's result hangs on
+SECTIONS = {  # the sections of params.yaml that the result of each stage depends on
     "train": ("data", "train"),
     "sample": ("data", "train", "sample"),
     "evaluate": ("data", "train", "sample", "evaluate"),
 }
-SHOWN = 3  # changes in a name
-MADE = ("params.yaml", "dvc.lock", "data/", "models/diffusion_model", "output/")  # what runs and experiments change by themselves
+MAX_CHANGES_IN_NAME = 3
+MAX_TAG = 5000  # characters
+# What runs and experiments write by themselves, so that it isn't listed among the user's edits
+WRITTEN_BY_RUNS = ("params.yaml", "dvc.lock", "data/", "models/diffusion_model", "output/")
 
 
-def describe(stage: str, params: dict) -> tuple[str, dict[str, str]]:
-    """The name and the tags, a description among them, of a stage's run with these parameters in the current folder."""
+def describe(stage: str, params: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """The name and the tags of a stage's run with these parameters in the current folder; one tag is its description."""
     experiment = os.environ.get("DVC_EXP_NAME", "")
     head = git("rev-parse", "HEAD")
     commit = os.environ.get("DVC_EXP_BASELINE_REV") or head
-    flat = {name: value for name, value in flatten(params).items() if name.partition(".")[0] in SECTIONS.get(stage, ())}
-    changed = _changed(flat, commit)
-    preset, others = _preset(flat, changed)
-
-    label = " ".join(filter(None, (experiment, preset)))
-    few = [setting(name, value) for name, value in list(others.items())[:SHOWN]]
-    if len(others) > SHOWN:
-        few.append(f"and {len(others) - SHOWN} more")
-    text = ", ".join(few)
-    what = f"{label} ({text})" if label and text else label or text or f"@{(commit or 'unknown')[:7]}"
+    relevant = {name: value for name, value in flatten(params).items() if name.partition(".")[0] in SECTIONS.get(stage, ())}
+    changed = _changed(relevant, commit)
+    preset, unexplained = _preset(relevant, changed)
     status = git("status", "--porcelain", "--untracked-files=no")
-    edited = [line[2:].strip() for line in (status or "").splitlines() if not line[2:].strip().startswith(MADE)]
+    edited = [line[2:].strip() for line in (status or "").splitlines() if not line[2:].strip().startswith(WRITTEN_BY_RUNS)]
     tags = {
         "mlflow.note.content": _note(experiment, commit, preset, changed, edited, "train" in params),
         "mlflow.source.git.commit": head or "unknown",
         "mlflow.source.name": " ".join(sys.argv),
         "mlflow.source.type": "LOCAL",
-        "mlflow.user": os.environ.get("MLFLOW_TRACKING_USERNAME", ""),  # whose run it is, where a team shares a server
+        "mlflow.user": os.environ.get("MLFLOW_TRACKING_USERNAME", ""),  # who made the run, if a team shares a server
         "git_dirty": "unknown" if status is None else str(bool(status)).lower(),
         "dvc_exp_name": experiment,
         "preset": preset,
-        "changed": ", ".join(setting(name, value) for name, value in changed.items())[:5000],
+        "changed": ", ".join(setting(name, value) for name, value in changed.items())[:MAX_TAG],
         **_versions(),
     }
-    return f"{stage} {what}", {name: value for name, value in tags.items() if value}
+    name = f"{stage} {_label(experiment, preset, unexplained, commit)}"
+    return name, {name: value for name, value in tags.items() if value}
 
 
-def flatten(params: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one mapping from dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in params.items():
-        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
-    return flat
-
-
-def setting(name: str, value: Any) -> str:
-    """As `dvc exp run -S` takes it."""
-    return f"{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
-
-
-def _changed(flat: dict[str, Any], commit: str | None) -> dict[str, Any]:
-    """Those of the parameters that the commit has otherwise."""
+def _changed(params: dict[str, Any], commit: str | None) -> dict[str, Any]:
+    """Those of the flat parameters that have another value in the commit's params.yaml, or are missing there."""
     text = git("show", f"{commit}:params.yaml") if commit else None
     try:
         before = flatten(yaml.safe_load(text or ""))
-    except (yaml.YAMLError, AttributeError):  # no commit, or none that has parameters
+    except (yaml.YAMLError, AttributeError):  # there is no commit, or it has no readable parameters
         return {}
-    return {name: value for name, value in flat.items() if name not in before or before[name] != value}
+    return {name: value for name, value in params.items() if name not in before or before[name] != value}
 
 
-def _preset(flat: dict[str, Any], changed: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The preset whose values these are, and the changes that it doesn't explain."""
+def _preset(params: dict[str, Any], changed: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of the preset that the parameters agree with, or "", and the changes that it doesn't explain."""
     for path in sorted(PRESETS.glob("*.yaml")):
         try:
-            values = {name: value for name, value in flatten(yaml.safe_load(path.read_text())).items() if name in flat}
-        except (OSError, ValueError, AttributeError, yaml.YAMLError):  # not ours to complain about
+            values = {name: value for name, value in flatten(yaml.safe_load(path.read_text())).items() if name in params}
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):  # a broken preset stops no run
             continue
-        if values and all(flat[name] == value for name, value in values.items()):
+        if values and all(params[name] == value for name, value in values.items()):
             return path.stem, {name: value for name, value in changed.items() if name not in values}
     return "", changed
 
 
-def drawn_from(model: bytes, sampling: SampleParams) -> bool:
-    """Whether DVC has it that the samples at hand were drawn from this model, in this way."""
-    try:
-        stage = yaml.safe_load(LOCK.read_text())["stages"]["sample"]
-        made = {item["path"]: item["md5"] for item in stage["deps"] + stage["outs"]}
-        now = {MODEL.as_posix(): hashlib.md5(model).hexdigest(), SAMPLES.as_posix(): file_md5(SAMPLES)}
-        return now.items() <= made.items() and stage["params"]["params.yaml"]["sample"] == sampling.model_dump()
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
-        return False
+def _label(experiment: str, preset: str, changes: dict[str, Any], commit: str | None) -> str:
+    """Such as "few-steps (sample.steps=5)", "smoke", "train.seed=5", or "@1a2b3c4" if nothing was changed from that commit."""
+    names = " ".join(filter(None, (experiment, preset)))
+    settings = [setting(name, value) for name, value in list(changes.items())[:MAX_CHANGES_IN_NAME]]
+    if len(changes) > MAX_CHANGES_IN_NAME:
+        settings.append(f"and {len(changes) - MAX_CHANGES_IN_NAME} more")
+    text = ", ".join(settings)
+    if names and text:
+        return f"{names} ({text})"
+    return names or text or f"@{_short(commit)}"
 
 
 def _note(experiment: str, commit: str | None, preset: str, changed: dict[str, Any], edited: list[str], trained: bool) -> str:
-    """Markdown: the commands that bring the run's result back or make it again, and what is special about it.
+    """Markdown: the commands that restore or reproduce the run's result, and how its parameters and code differ from the commit.
 
-    Nothing that DVC knows makes again what was drawn from a model that wasn't `trained` here.
+    DVC can't reproduce samples of a model that was not `trained` here, so then there is no command for that.
     """
-    short = (commit or "unknown")[:7]
     settings = [setting(name, value) for name, value in changed.items()]
-    again = "dvc exp run " + " ".join(f"-S {shlex.quote(text)}" for text in settings) if settings else "dvc repro"
+    reproduce = "dvc exp run " + " ".join(f"-S {shlex.quote(text)}" for text in settings) if settings else "dvc repro"
     lines = []
     if experiment:
-        lines.append(f"dvc exp apply {experiment}  # its parameters and results, into the workspace")
+        lines.append(f"dvc exp apply {experiment}  # restores its parameters and results in the workspace")
     if commit and trained:
-        lines.append(f"git checkout {short} && {again}  # the same again")
+        lines.append(f"git checkout {_short(commit)} && {reproduce}  # reproduces this run")
     if lines:
         lines = ["```sh", *lines, "```"]
     if preset:
-        lines.append(f"The preset **{preset}**.")
+        lines.append(f"Preset: **{preset}**")
     if settings:
-        lines += [f"Changed from commit `{short}`:", "", *(f"- `{text}`" for text in settings), ""]
+        lines += [f"Changed from commit `{_short(commit)}`:", "", *(f"- `{text}`" for text in settings), ""]
     if edited:
-        lines.append("Edited files, as no commit has them: " + ", ".join(f"`{path}`" for path in edited))
+        lines.append("Uncommitted edits: " + ", ".join(f"`{path}`" for path in edited))
     return "\n".join(lines)
 
 
@@ -133,8 +116,36 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
 
 
+def _short(commit: str | None) -> str:
+    return (commit or "unknown")[:7]
+
+
+def drawn_from(model: bytes, sampling: SampleParams) -> bool:
+    """Whether `dvc.lock` says that the samples in the workspace were drawn from this model with these parameters."""
+    try:
+        stage = yaml.safe_load(LOCK.read_text())["stages"]["sample"]
+        recorded = {item["path"]: item["md5"] for item in stage["deps"] + stage["outs"]}
+        present = {MODEL.as_posix(): hashlib.md5(model).hexdigest(), SAMPLES.as_posix(): file_md5(SAMPLES)}
+        return present.items() <= recorded.items() and stage["params"]["params.yaml"]["sample"] == sampling.model_dump()
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        return False
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one dictionary with dotted names, such as `train.model.channels`."""
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
+    return flat
+
+
+def setting(name: str, value: Any) -> str:
+    """A parameter as `dvc exp run -S` reads it, such as `train.model.channels=[24,48]`."""
+    return f"{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
+
+
 def git(*arguments: str) -> str | None:
-    """What the command prints; None where it fails, or there is no git."""
+    """What a git command prints; None if it fails, or git isn't installed."""
     try:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.rstrip()
     except (OSError, subprocess.SubprocessError):

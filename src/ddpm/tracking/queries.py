@@ -1,33 +1,67 @@
-""""""
+"""What is looked up in MLflow's store: the experiment, single runs, and the evaluations that `make compare` and reports show."""
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ddpm.tracking.connection import experiment_name, quiet, root_cause, store_exists, tracking_uri, without_password
+from ddpm.errors import UserError
+from ddpm.tracking.connection import (
+    experiment_name,
+    hide_info_logs,
+    root_cause,
+    store_exists,
+    tracking_uri,
+    without_password,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+MAX_RUNS = 5000  # evaluations, the newest
 
 
-def evaluations(root: Path) -> dict[str, Any]:
-    """The newest finished evaluation of each file of samples, by the MD5 that `dvc.lock` has of it.
+def evaluations(root: Path) -> dict[str, "Run"]:
+    """The newest finished evaluation of each file of samples, by the MD5 that `dvc.lock` has for the file.
 
-    None, and a warning, where the store can't be reached.
+    Empty if there is no store, and, after a warning, if it can't be reached.
     """
     uri = tracking_uri(root)
     if not store_exists(uri):
         return {}
     import mlflow
 
-    quiet()
+    hide_info_logs()
     client = mlflow.MlflowClient(uri)
     try:
         experiment = client.get_experiment_by_name(experiment_name())
         runs = experiment and client.search_runs(
             [experiment.experiment_id],
             "tags.stage = 'evaluate' and attributes.status = 'FINISHED'",
-            max_results=5000,
+            max_results=MAX_RUNS,
             order_by=["attributes.start_time DESC"],
         )
     except Exception as error:
-        print(f"warning: MLflow at {without_password(uri)}: {root_cause(error)}; its runs are left out", file=sys.stderr)
+        print(f"warning: MLflow at {without_password(uri)}: {root_cause(error)}; continuing without its runs", file=sys.stderr)
         return {}
     return {run.data.tags["samples_md5"]: run for run in reversed(runs or []) if "samples_md5" in run.data.tags}
+
+
+def experiment_id(uri: str) -> str | None:
+    """The id of the experiment on a server; None before the first run.
+
+    Raises UserError if the server is unreachable or denies access.
+    """
+    import mlflow
+
+    try:
+        experiment = mlflow.MlflowClient(uri, uri).get_experiment_by_name(experiment_name())
+    except Exception as error:
+        raise UserError(f"MLflow at {without_password(uri)}: {root_cause(error)}") from None
+    return experiment.experiment_id if experiment else None
+
+
+def newest_run(client: "MlflowClient", experiment: str, condition: str) -> "Run | None":
+    """The newest run of an experiment (its id) that meets a condition in MLflow's search language; None if there is none."""
+    runs = client.search_runs([experiment], condition, order_by=["attributes.start_time DESC"], max_results=1)
+    return runs[0] if runs else None

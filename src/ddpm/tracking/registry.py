@@ -1,117 +1,153 @@
-"""MLflow's registry: a version for each checkpoint, and the alias `champion` for the best of them."""
+"""MLflow's model registry: one version per evaluated checkpoint, and the alias `champion` for the best version."""
 
 import json
 import tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ddpm.errors import UserError
 from ddpm.files import write_atomic
 from ddpm.params import SampleParams
-from ddpm.tracking.connection import REFUSED, quiet, root_cause, store_exists, tracking_uri, without_password
+from ddpm.paths import CACHE, LIBRARY, MODEL, TRACKING
+from ddpm.tracking.connection import (
+    PERMANENT_ERRORS,
+    hide_info_logs,
+    root_cause,
+    store_exists,
+    tracking_uri,
+    without_password,
+)
+from ddpm.tracking.ranking import Evaluation, is_better
 
-MODEL = "fashion-ddpm"
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+
+MODEL_NAME = "fashion-ddpm"
 CHAMPION = "champion"
-NEEDED = ("mlflow", "numpy", "pillow", "psutil", "pydantic", "pyyaml", "torch", "tqdm")  # by what serves it
+CHECKPOINT = MODEL.name  # among the artifacts of a version
+SERVING_NEEDS = ("mlflow", "numpy", "pillow", "psutil", "pydantic", "torch")  # packages that a served model imports
+SERVE_A_FILE = f"to serve a file instead: `python src/serve.py {MODEL}`"
 
 
-def register(client, owner: str, evaluation, checkpoint: Path, sampling: dict) -> None:
-    """Let the checkpoint be a version of the run `owner`, once, with its best evaluation; the champion if it is better.
+def register(client: "MlflowClient", owner: str, evaluation: "Run", checkpoint: Path, sampling: dict[str, Any]) -> None:
+    """Make the checkpoint a version of the model, with its best evaluation, and the champion if it beats the current one.
 
-    Better is a lower FID by the same evaluator at as many samples or more: fewer samples raise it.
+    The version belongs to the run with the id `owner`. A checkpoint that already has a version keeps it, and a call that was
+    interrupted is completed by the next one.
     """
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_registered_model(MODEL, description="Garments of Fashion-MNIST, by a diffusion model")
+        client.create_registered_model(MODEL_NAME, description="Garments of Fashion-MNIST, drawn by a diffusion model")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    tags = {"evaluation": evaluation.info.run_id}  # the first: who is interrupted knows by it what to complete
-    tags |= {name: evaluation.data.tags[name] for name in ("checkpoint_sha256", "evaluator_sha256", "samples")}
-    tags |= {"fid": str(evaluation.data.metrics["eval/fid"]), "sampling": json.dumps(sampling)}
+    tags = _tags(evaluation, sampling)
     version = _version(client, tags["checkpoint_sha256"])
     number = version.version if version else _new_version(client, owner, checkpoint, sampling, tags)
-    if not version or version.tags.get("evaluation") == tags["evaluation"] or _better(tags, version.tags):
+    if not version or version.tags.get("evaluation") == tags["evaluation"] or _beats(tags, version.tags):
         for name, value in tags.items():
-            client.set_model_version_tag(MODEL, number, name, value)
-        described = f"FID {float(tags['fid']):.4g} of {tags['samples']} samples; {evaluation.info.run_name}"
-        client.update_model_version(MODEL, number, described)
-    best = client.get_registered_model(MODEL).aliases.get(CHAMPION)
-    if best is None or (str(best) != str(number) and _better(tags, client.get_model_version(MODEL, best).tags)):
-        client.set_registered_model_alias(MODEL, CHAMPION, number)
+            client.set_model_version_tag(MODEL_NAME, number, name, value)
+        description = f"FID {float(tags['fid']):.4g} of {tags['samples']} samples; {evaluation.info.run_name}"
+        client.update_model_version(MODEL_NAME, number, description)
+    best = client.get_registered_model(MODEL_NAME).aliases.get(CHAMPION)
+    if best is None or (str(best) != str(number) and _beats(tags, client.get_model_version(MODEL_NAME, best).tags)):
+        client.set_registered_model_alias(MODEL_NAME, CHAMPION, number)
 
 
-def _better(mine: dict[str, str], theirs: dict[str, str]) -> bool:
-    """False too where `theirs` has none of our tags: somebody registered it by hand."""
-    same_evaluator = mine["evaluator_sha256"] == theirs.get("evaluator_sha256")
-    return same_evaluator and int(mine["samples"]) >= int(theirs["samples"]) and float(mine["fid"]) < float(theirs["fid"])
+def _tags(evaluation: "Run", sampling: dict[str, Any]) -> dict[str, str]:
+    """The tags of a version with this evaluation. `evaluation` is written first, so that a repeated call
+    recognises the version that an interrupted call left incomplete.
+    """
+    return {
+        "evaluation": evaluation.info.run_id,
+        **{name: evaluation.data.tags[name] for name in ("checkpoint_sha256", "evaluator_sha256", "samples")},
+        "fid": str(evaluation.data.metrics["eval/fid"]),
+        "sampling": json.dumps(sampling),
+    }
 
 
-def _version(client, checkpoint_sha256: str):
-    """The checkpoint's version, or None; one whose run, and model with it, was deleted is removed."""
+def _beats(tags: dict[str, str], other: dict[str, str]) -> bool:
+    """Whether a version with `tags` is better. False if the other one lacks our tags, because somebody registered it by hand."""
+    try:
+        old = Evaluation.from_tags(float(other["fid"]), other)
+    except (KeyError, ValueError):
+        return False
+    return is_better(Evaluation.from_tags(float(tags["fid"]), tags), old, by_evidence=False)
+
+
+def _version(client: "MlflowClient", checkpoint_sha256: str) -> "ModelVersion | None":
+    """The version of a checkpoint. One whose run was deleted, and the model with it, is removed from the registry."""
     from mlflow.exceptions import MlflowException
 
-    for version in client.search_model_versions(f"name = '{MODEL}' and tags.checkpoint_sha256 = '{checkpoint_sha256}'"):
+    for version in client.search_model_versions(f"name = '{MODEL_NAME}' and tags.checkpoint_sha256 = '{checkpoint_sha256}'"):
         try:
-            if client.get_run(version.run_id).info.lifecycle_stage == "active":
+            if version.run_id and client.get_run(version.run_id).info.lifecycle_stage == "active":
                 return version
         except MlflowException as error:
-            if error.error_code not in REFUSED:
+            if error.error_code not in PERMANENT_ERRORS:
                 raise
-        client.delete_model_version(MODEL, version.version)
+        client.delete_model_version(MODEL_NAME, version.version)
     return None
 
 
-def _new_version(client, owner: str, checkpoint: Path, sampling: dict, tags: dict[str, str]) -> str:
-    """Its number. What is registered lies among the run's artifacts: this library, the weights, and how to sample."""
+def _new_version(client: "MlflowClient", owner: str, checkpoint: Path, sampling: dict[str, Any], tags: dict[str, str]) -> str:
+    """Register a version; its number. What is needed to serve it is stored with the run: this library, weights and sampling."""
     import mlflow
 
-    library = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory() as folder:
         mlflow.pyfunc.save_model(
             Path(folder) / "generator",
-            python_model=str(library / "tracking/served_model.py"),
-            code_paths=[str(library)],
+            python_model=str(TRACKING / "served_model.py"),
+            code_paths=[str(LIBRARY)],
             artifacts={"checkpoint": str(checkpoint)},
             model_config=sampling,
-            pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in NEEDED],
+            pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in SERVING_NEEDS],
         )
         client.log_artifacts(owner, str(Path(folder) / "generator"), "generator")
     source = f"{client.get_run(owner).info.artifact_uri}/generator"
-    return client.create_model_version(MODEL, source, owner, tags=tags).version
+    return client.create_model_version(MODEL_NAME, source, owner, tags=tags).version
 
 
 def champion(root: Path) -> tuple[str, Path, SampleParams] | None:
-    """What to call the champion, a copy of its checkpoint, and the sampling that it was judged by; None without a champion.
+    """The champion's name, a local copy of its checkpoint, and the sampling it was evaluated with; None without a champion.
 
-    Raises UserError where MLflow can't be reached, or doesn't hand the model out.
+    Raises UserError if MLflow is unreachable or the model can't be downloaded.
     """
     uri = tracking_uri(root)
     if not store_exists(uri):
         return None
     import mlflow
 
-    quiet()
-    remedy = "`python src/serve.py models/diffusion_model.pth` serves a file"
+    hide_info_logs()
     try:
-        found = mlflow.MlflowClient(uri, uri).get_model_version_by_alias(MODEL, CHAMPION)
+        version = mlflow.MlflowClient(uri, uri).get_model_version_by_alias(MODEL_NAME, CHAMPION)
     except Exception as error:
-        if getattr(error, "error_code", None) in REFUSED:  # it was never registered
+        if getattr(error, "error_code", None) in PERMANENT_ERRORS:  # none was ever registered
             return None
-        raise UserError(f"MLflow at {without_password(uri)}: {root_cause(error)}; {remedy}") from None
-    name, digest = f"{MODEL}, version {found.version}", found.tags.get("checkpoint_sha256")
+        raise UserError(f"MLflow at {without_password(uri)}: {root_cause(error)}; {SERVE_A_FILE}") from None
+    name = f"{MODEL_NAME}, version {version.version}"
     try:
-        sampling = SampleParams.model_validate_json(found.tags["sampling"])
+        sampling = SampleParams.model_validate_json(version.tags["sampling"])
     except (KeyError, ValueError):
-        raise UserError(f"{name}, the champion, was not registered by this version of the pipeline; {remedy}") from None
-    path = root / ".cache" / "champion" / f"{digest}.pth"
+        raise UserError(f"the champion ({name}) was not registered by this version of the pipeline; {SERVE_A_FILE}") from None
+    return name, _downloaded_checkpoint(root, uri, version), sampling
+
+
+def _downloaded_checkpoint(root: Path, uri: str, version: "ModelVersion") -> Path:
+    """A copy of the version's weights in `.cache`. Raises UserError if it can't be downloaded."""
+    import mlflow
+
+    path = root / CACHE / "champion" / f"{version.tags.get('checkpoint_sha256')}.pth"
     if not path.exists():
-        file = f"{found.source}/artifacts/diffusion_model.pth"
+        file = f"{version.source}/artifacts/{CHECKPOINT}"
         try:
             with tempfile.TemporaryDirectory() as folder:
                 copy = mlflow.artifacts.download_artifacts(file, dst_path=folder, tracking_uri=uri)
                 write_atomic(path, Path(copy).read_bytes())
         except Exception as error:
-            raise UserError(f"MLflow at {without_password(uri)}: {file}: {root_cause(error)}; {remedy}") from None
-    return name, path, sampling
+            raise UserError(f"MLflow at {without_password(uri)}: {file}: {root_cause(error)}; {SERVE_A_FILE}") from None
+    return path

@@ -1,4 +1,7 @@
-"""The pipeline as a model of MLflow's registry: run by MLflow where the model is loaded (models from code)."""
+"""The model that MLflow serves for a version in the registry.
+
+MLflow runs this file wherever it loads the version ("models from code"), with the copy of this library that was registered.
+"""
 
 from pathlib import Path
 
@@ -14,11 +17,13 @@ from ddpm.serving.requests import Request, encoded, respond
 
 
 class GarmentGenerator(PythonModel):
+    """Answers each request with images: PNG in base64, and the class of each."""
+
     def load_context(self, context: PythonModelContext) -> None:
         self.pipeline = Pipeline(Path(context.artifacts["checkpoint"]), select_device("auto"))
         self.sampling = SampleParams.model_validate(context.model_config)
 
-    def predict(self, model_input: list[Request]) -> list[list[dict[str, str]]]:
+    def predict(self, model_input: list[Request]) -> list[list[dict[str, str]]]:  # type: ignore[override]  # MLflow allows it
         try:
             return [encoded(*respond(self.pipeline, self.sampling, request)) for request in model_input]
         except UserError as error:

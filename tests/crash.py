@@ -1,16 +1,14 @@
-"""`python bench/crash.py [--kills 25] [--seed 0]`: the stages of the smoke preset, killed at random moments and started again.
+"""`python tests/crash.py [--kills 25] [--seed 0]`: the stages of the smoke preset, killed at random moments and started again.
 
 In a clone of the repository, `dvc repro --force` of one stage after the other is stopped with all its processes, once or
 several times in a row, by SIGKILL, SIGTERM or SIGINT; then the same command runs to its end. Every output and dvc.lock must
 be byte for byte what they were, no temporary file may stay, and a training's MLflow run must have every step once, in order.
-Training keeps a state after every window of steps, so that a kill finds one to go on from.
+Training saves a state after every window of steps, so that the run after a kill has one to resume from.
 """
 
 import argparse
 import os
 import random
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,44 +20,46 @@ from pathlib import Path
 
 import yaml
 
-from contenders import ROOT
-from ddpm.files import file_sha256
-from ddpm.params_file import merge
-from measure import own_environment, table
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
+
+from clones import edit_params, environment, plain_clone, timed  # noqa: E402
+from ddpm.files import file_sha256  # noqa: E402
+from measure import table  # noqa: E402
 
 STAGES = ("download", "train", "sample", "evaluate")
-SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)  # the merciless one twice as often
-AGAIN = 0.3  # how probably a run that was killed is killed again
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)  # SIGKILL twice as often
+AGAIN = 0.3  # the probability that a run that was killed is killed again
 FOLDERS = ("data", "models", "output")
 FORCED = ("dvc", "repro", "--force", "--single-item")
 
 
 @dataclass
 class Victim:
-    """A stage of the pipeline in `folder`, how long it takes undisturbed, `dvc.lock`, and the files that it must leave."""
+    """A stage of the pipeline in `folder`, the seconds it takes undisturbed, `dvc.lock`, and the digests of all outputs."""
 
     folder: Path
     stage: str
     seconds: float
     lock: bytes
     digests: dict[str, str]
-    said: str = ""  # by the commands since the last that ran to its end
+    said: str = ""  # the output of all commands since the last one that ran to its end
 
     def strike(self, number: int, moment: float) -> bool:
-        """Stop the command `moment` seconds after its start; whether it still ran then."""
+        """Send the signal `number` `moment` seconds after the command's start. Returns whether the command still ran then."""
         process = start(self.folder, self.stage)
         time.sleep(moment)
         struck = process.poll() is None
         if struck:
             os.killpg(process.pid, number)
-        self.said += process.communicate()[0]  # till the last process of the session has closed its end
+        self.said += process.communicate()[0]  # waits until the last process of the session has closed it
         return struck
 
     def faults(self) -> list[str]:
-        """What is wrong after the command has run to its end."""
+        """Run the command to its end. Returns a line for everything that is wrong afterwards."""
         process = start(self.folder, self.stage)
         output, _ = process.communicate()
-        if process.returncode and "dvc.lock" in output:  # DVC writes it in place: a part of it was left
+        if process.returncode and "dvc.lock" in output:  # DVC writes it in place, so a kill may leave a part of it
             (self.folder / "dvc.lock").write_bytes(self.lock)
             process = start(self.folder, self.stage)
             output, _ = process.communicate()
@@ -74,7 +74,7 @@ class Victim:
 
 
 def start(folder: Path, stage: str) -> subprocess.Popen:
-    """The stage's command, in a session of its own."""
+    """Start the stage's command in a session of its own, so that a signal can reach all its processes."""
     return subprocess.Popen(
         [*FORCED, stage],
         cwd=folder,
@@ -86,32 +86,15 @@ def start(folder: Path, stage: str) -> subprocess.Popen:
     )
 
 
-def timed(folder: Path, *command: str) -> float:
-    """Seconds that the command takes in `folder`. Raises SystemExit with what it said where it fails."""
-    began = time.perf_counter()
-    done = subprocess.run(
-        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: {done.stdout[-1000:]}")
-    return time.perf_counter() - began
-
-
-def environment() -> dict[str, str]:
-    """`own_environment`, with this Python first on the path."""
-    clean = own_environment()
-    return {**clean, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"}
-
-
 def digests(folder: Path) -> dict[str, str]:
-    """Of every file that the stages leave, temporary ones and those that git tracks included, and of dvc.lock."""
+    """The digest of dvc.lock and of every file that the stages leave, including temporary files and those that git tracks."""
     files = [path for name in FOLDERS for path in (folder / name).rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): file_sha256(path) for path in [folder / "dvc.lock", *files]}
 
 
 def training_faults(folder: Path) -> list[str]:
-    """What is wrong with the trainings in the MLflow store; one that was killed is to be there once, and finished."""
-    from mlflow import MlflowClient  # the other parts of the bench do without, where a GPU is lent
+    """A line for every training in the MLflow store that isn't finished or doesn't have every step once, in order."""
+    from mlflow import MlflowClient  # its import takes seconds
 
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("fashion-mnist-ddpm")
@@ -126,42 +109,21 @@ def training_faults(folder: Path) -> list[str]:
 
 
 def clone(folder: Path) -> Path:
-    """`plain_clone`, whose training keeps a state every window."""
+    """`plain_clone`, whose training saves a state after every window."""
     folder = plain_clone(folder)
-    source = folder / "src/ddpm/training.py"
-    source.write_text(re.sub(r"(?m)^STATE_SECONDS = .*$", "STATE_SECONDS = 0", source.read_text()))
+    edit_params(folder, {"runtime": {"state_seconds": 0}})
     return folder
-
-
-def plain_clone(folder: Path) -> Path:
-    """A clone of the repository in `folder`, as the working tree is, with the smoke preset applied."""
-    folder = folder / "clone"
-    subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
-    listing = ["git", "ls-files", "-z", "--modified", "--others", "--exclude-standard"]
-    for name in subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, folder / name)
-    subprocess.run([sys.executable, "src/preset.py", "smoke"], cwd=folder, stdout=subprocess.DEVNULL, check=True)
-    return folder
-
-
-def edit_params(clone: Path, changes: dict) -> None:
-    path = clone / "params.yaml"
-    params = yaml.safe_load(path.read_text())
-    list(merge(params, changes))  # in place; it yields what it changed
-    path.write_text(yaml.safe_dump(params))
 
 
 def victims(folder: Path) -> list[Victim]:
-    """Every stage of the pipeline in `folder`, which has run once, after a run that nobody disturbs."""
+    """Every stage of the pipeline in `folder`, which has run once: each is forced to run again, undisturbed, and timed."""
     taken = {stage: timed(folder, *FORCED, stage) for stage in STAGES}
     lock, files = (folder / "dvc.lock").read_bytes(), digests(folder)
     return [Victim(folder, stage, seconds, lock, files) for stage, seconds in taken.items()]
 
 
 def ordeals(targets: list[Victim], count: int, draw: random.Random) -> Iterator[tuple[str, int, list[str]]]:
-    """Kill the stages' runs in turn, `count` runs in all; for each what was done, how many signals struck, and the faults."""
+    """Kill `count` runs, of one stage after the other. Yields what was done, how many signals struck, and the faults."""
     for n in range(count):
         victim, said, kills = targets[n % len(targets)], [], 0
         while not said or draw.random() < AGAIN:
@@ -174,8 +136,8 @@ def ordeals(targets: list[Victim], count: int, draw: random.Random) -> Iterator[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=25, help="how many runs to kill, once or more often (25)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments (0)")
+    parser.add_argument("--kills", type=int, default=25, help="the number of runs to kill, each at least once (25)")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the random moments (0)")
     options = parser.parse_args()
     struck, failed = dict.fromkeys(STAGES, 0), 0
     with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +149,7 @@ def main() -> None:
             print(f"{said}: {'; '.join(faults) or 'the same bytes'}", flush=True)
     print(table(["stage", "kills"], [[stage, count] for stage, count in struck.items()]))
     if failed:
-        sys.exit(f"{failed} runs ended otherwise than if they had never been killed")
+        sys.exit(f"{failed} runs ended differently from runs that nobody killed")
 
 
 if __name__ == "__main__":

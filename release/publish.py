@@ -1,12 +1,12 @@
-"""`python bench/publish.py make OUT --preset h100 --data FOLDER`: the model that the repository carries, in one command.
+"""`python release/publish.py make OUT --preset h100 --data FOLDER`: make the model that comes with the repository.
 
 Made for a machine with a GPU that has neither a network nor DVC nor MLflow, and of the other packages only what the stages
 import. In a copy of the repository it takes Fashion-MNIST's four .gz files from FOLDER, trains, samples, evaluates and measures,
-and leaves in OUT seven files: the weights in half precision, their card, 10 000 samples, pictures and curves, MLflow's journals,
-results of the bench, and a log. The guidance is not the preset's, but the best of the bench's sweep. Started again after an
-interruption (`timeout 9m …`) it goes on; a change of the code or the preset begins anew.
+and writes seven files to OUT: the weights in half precision, their card, 10 000 samples, pictures and curves, MLflow's journals,
+results of the bench, and a log. The guidance is not the preset's, but the best of the bench's sweep. After an interruption
+(`timeout 9m …`) the same command resumes; after a change of the code or the preset it starts over.
 
-`python bench/publish.py take OUT`, in a checkout at home, puts all of that where the repository has it: models/pretrained,
+`python release/publish.py take OUT`, in your own checkout, copies all of that to where the repository has it: models/pretrained,
 docs/ and bench/results.
 """
 
@@ -25,35 +25,38 @@ import jinja2
 import torch
 import yaml
 
-import classes
-import run as bench
-from contenders import ROOT
-from ddpm import paths
-from ddpm.checkpoint import load_model
-from ddpm.data.archive import write_samples
-from ddpm.errors import UserError
-from ddpm.files import file_sha256, serialise, write_atomic
-from ddpm.params_file import merge
-from ddpm.paths import MODEL
-from ddpm.runtime.cli import between, clean_errors
-from ddpm.runtime.run_folder import fingerprint
-from measure import RESULTS, first_samples, keep, kept, machine, own_environment
-from models import table_of_metrics
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 
-COPIED = ("src", "bench", "presets", "models", "docs", "README.md", "params.yaml")
+import classes  # noqa: E402
+import run as bench  # noqa: E402
+from ddpm import paths  # noqa: E402
+from ddpm.checkpoint import load_checkpoint  # noqa: E402
+from ddpm.data.samples_file import Samples, write_samples  # noqa: E402
+from ddpm.errors import UserError  # noqa: E402
+from ddpm.files import file_sha256, serialise, write_atomic  # noqa: E402
+from ddpm.params_file import merge  # noqa: E402
+from ddpm.paths import MODEL  # noqa: E402
+from ddpm.runtime.cli import between, clean_errors  # noqa: E402
+from ddpm.runtime.run_folder import fingerprint  # noqa: E402
+from measure import RESULTS, first_samples, keep, kept, machine, own_environment  # noqa: E402
+from models import table_of_metrics  # noqa: E402
+
+COPIED = ("src", "bench", "release", "presets", "models", "docs", "README.md", "params.yaml")
+FINGERPRINTED = ("src", "bench", "release", "models/classifier.pth")
 SWEEP, PARTS = "guidance", ("classes", "cas")
 PRESETS = ("h100", "smoke")  # whose model knows classes
 KEPT = (paths.PRETRAINED.name, paths.PRETRAINED_CARD.name, "runs.zip", paths.PRETRAINED_SAMPLES.name)
 MADE = (*KEPT, "pictures.zip", "results.zip")
 METRICS = Path("output/metrics/evaluate.json")
 PICTURES = ("output/*.png", "output/*.gif", "output/plots/*.tsv")
-ENOUGH = 10_000  # samples; fewer are a trial, and not worth the time of the bench
+ENOUGH = 10_000  # samples; a run with fewer is a trial, which skips the bench
 LIMIT = 16 << 20  # bytes of a file in OUT
-NOWHERE = "http://127.0.0.1:9"  # no MLflow is there: every run keeps its journal
+NOWHERE = "http://127.0.0.1:9"  # no MLflow answers there, so every run keeps its journal
 
 
 class Work:
-    """The copy of the repository, and what has been done in it: by step, its seconds over all attempts."""
+    """The copy of the repository, the names of the steps finished in it, and the seconds of each step over all attempts."""
 
     def __init__(self, preset: str | None, data: Path | None, count: int):
         settings = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -61,9 +64,7 @@ class Work:
             list(merge(settings, yaml.safe_load((ROOT / f"presets/{preset}.yaml").read_text())))
         settings["sample"]["count"] = count
         settings["data"]["folder"] = None
-        files = [path for name in ("src", "bench", "models/classifier.pth") for path in sorted(walk(ROOT / name))]
-        files = [path for path in files if path.parent != RESULTS]
-        self.root = ROOT / ".cache" / f"publish-{fingerprint(settings, files)}"
+        self.root = ROOT / ".cache" / f"publish-{fingerprint(settings, code_files())}"
         if not self.root.exists():
             half = self.root.with_suffix(".part")
             shutil.rmtree(half, ignore_errors=True)
@@ -74,7 +75,7 @@ class Work:
         self.seconds, self.done = json.loads(self.path.read_text()) if self.path.exists() else ({}, [])
 
     def step(self, name: str, *command: str) -> None:
-        """Run a program of the copy, unless that has been done; where we are stopped it is, gently, and goes on next time."""
+        """Run a program of the copy, unless this step is finished. If we are stopped, it gets SIGTERM and resumes next time."""
         if name in self.done:
             return
         environment = own_environment()
@@ -99,7 +100,7 @@ class Work:
         self.finished(name)
 
     def write_params(self, folder: Path | None = None, count: int | None = None) -> None:
-        """What the next step is to work with; nothing but the download is to know the FOLDER of this machine."""
+        """Write the copy's params.yaml for the next step. Only the download gets `folder`, which exists on this machine alone."""
         self.settings["sample"]["count"] = count or self.settings["sample"]["count"]
         content = {**self.settings, "data": {**self.settings["data"], "folder": folder and str(folder.resolve())}}
         (self.root / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -117,7 +118,7 @@ class Work:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def evaluated(self, name: str, count: int) -> dict[str, float]:
-        """The metrics of that many samples of the model at hand; those are the first of what there is of it, if enough."""
+        """The metrics of `count` samples of the current model; samples that are already drawn are used if they are enough."""
         path = self.root / f"{name}.json"
         if not path.exists():
             self.write_params(count=count)
@@ -131,17 +132,20 @@ class Work:
         self.step(f"bench: {part}", "bench/run.py", "--full", part)
 
     def results(self) -> list[Path]:
-        """What the parts of the bench left that have been measured here; the copy came with others."""
+        """The files of the parts of the bench that were measured here; the copy also holds older ones."""
         measured = [part for part in (SWEEP, *PARTS) if f"bench: {part}" in self.done]
         paths = [RESULTS / f"{part}.json" for part in measured] + ([classes.PICTURE] if "classes" in measured else [])
         return [self.root / path.relative_to(ROOT) for path in paths]
 
     def keep_first(self, count: int) -> bool:
-        """Of the samples that are there; False where they are fewer, or another model's. Image i is the same in any number."""
+        """Keep the first `count` samples, and not draw them again; False if there are fewer, or if they are another model's.
+
+        Image i is the same whatever the number of images is.
+        """
         path, model = self.root / "output/samples.npz", self.root / MODEL
         if (first := first_samples(path, model, count)) is None:
             return False
-        write_samples(path, *first, file_sha256(model))
+        write_samples(path, Samples(*first, file_sha256(model)))
         return True
 
 
@@ -169,7 +173,7 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
         write_atomic(model, serialise(content))
         work.finished("half")
     many = work.evaluated("five times as many", 5 * count)
-    metrics = work.evaluated("in half precision", count)  # last: its samples and pictures are those that stay
+    metrics = work.evaluated("in half precision", count)  # last, because its samples and pictures are published
     card = {
         "preset": preset or "default",
         "device": on["processor"],
@@ -195,7 +199,7 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
         shutil.copy(work.root / path, out)
     pack(out / "pictures.zip", work.root, [path for pattern in PICTURES for path in work.root.glob(pattern)])
     pack(out / "results.zip", work.root, work.results())
-    for part in PARTS if count == ENOUGH else ():  # the model is out by now: where time runs out, these are what is lost
+    for part in PARTS if count == ENOUGH else ():  # after the model, which is safe if time runs out
         work.measure(part)
         pack(out / "results.zip", work.root, work.results())
     work.say(f"done in {sum(work.seconds.values()):.0f} s; all of it is in {out}")
@@ -207,21 +211,21 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
 
 
 def publish(work: Work, card: dict) -> None:
-    """Put the model at hand and its card where the copy's bench finds them."""
+    """Put the current model and its card where the copy's bench finds them."""
     (work.root / paths.PRETRAINED_FOLDER).mkdir(exist_ok=True)
     shutil.copy(work.root / MODEL, work.root / paths.PRETRAINED)
     (work.root / paths.PRETRAINED_CARD).write_text(json.dumps(card, indent=1) + "\n")
 
 
 def curve(path: Path) -> list[tuple[int, float]]:
-    """Some 300 of the steps and their losses; the one before the first step apart."""
+    """About 300 of the steps and their losses, without the loss before the first step."""
     with path.open() as file:
         rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file, delimiter="\t") if row["step"] != "0"]
     return rows[:: max(1, len(rows) // 300)]
 
 
 def pack_runs(root: Path, archive: Path) -> None:
-    """The runs that wait for MLflow in the copy, oldest first, without the model itself, which git would have twice."""
+    """Archive the runs that wait for MLflow in the copy, oldest first, without the model: git has it already."""
     folders = [path.parent for path in (root / ".resume").glob("unshipped-*/journal.jsonl")]
     staged = root / "runs"
     shutil.rmtree(staged, ignore_errors=True)
@@ -236,13 +240,13 @@ def pack_runs(root: Path, archive: Path) -> None:
 
 
 def started(folder: Path) -> int:
-    """When the run in the folder began, in ms."""
+    """The time when the run in the folder began, in ms."""
     first, *_ = (folder / "journal.jsonl").read_text().splitlines()
     return json.loads(first)["start"]["time"]
 
 
 def copy(repository: Path, to: Path) -> None:
-    """What making a model needs of it."""
+    """Copy everything that making a model needs."""
     to.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         if (repository / name).is_dir():
@@ -251,8 +255,14 @@ def copy(repository: Path, to: Path) -> None:
             shutil.copy(repository / name, to)
 
 
+def code_files() -> list[Path]:
+    """The files that decide what is made, besides parameters and data; `make` starts over if one of them changes."""
+    files = [path for name in FINGERPRINTED for path in sorted(walk(ROOT / name))]
+    return [path for path in files if path.parent != RESULTS]
+
+
 def walk(path: Path) -> list[Path]:
-    """The file, or all files of the folder; compiled ones apart."""
+    """The file, or all files of the folder and its sub-folders, without compiled ones."""
     files = path.rglob("*") if path.is_dir() else [path]
     return [file for file in files if file.is_file() and file.suffix != ".pyc"]
 
@@ -264,9 +274,9 @@ def pack(archive: Path, root: Path, files: list[Path]) -> None:
 
 
 def take(out: Path) -> None:
-    """Put what `make` left in OUT into this checkout. Raises UserError, and changes nothing, where it isn't whole."""
+    """Copy what `make` wrote to OUT into this checkout. Raises UserError, and changes nothing, if OUT is incomplete."""
     if missing := [name for name in MADE if not (out / name).is_file()]:
-        raise UserError(f"{out}: lacks {', '.join(missing)}; `make` leaves it there")
+        raise UserError(f"{out}: lacks {', '.join(missing)}; `make` writes it there")
     try:
         card = json.loads((out / "card.json").read_text())
         for name in (name for name in MADE if name.endswith(".zip")):
@@ -274,23 +284,23 @@ def take(out: Path) -> None:
                 if damaged := packed.testzip():
                     raise zipfile.BadZipFile(damaged)
     except (OSError, EOFError, RuntimeError, ValueError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{out}: damaged ({error}); copy it anew") from None
+        raise UserError(f"{out}: corrupt ({error}); copy it again") from None
     if file_sha256(out / "fashion_ddpm.pth") != card["sha256"]:
-        raise UserError(f"{out / 'fashion_ddpm.pth'}: not the file that {out / 'card.json'} describes; copy both anew")
-    load_model(out / "fashion_ddpm.pth", torch.device("cpu"))
+        raise UserError(f"{out / 'fashion_ddpm.pth'}: not the file that {out / 'card.json'} describes; copy both again")
+    load_checkpoint(out / "fashion_ddpm.pth", torch.device("cpu"))
     folder = ROOT / paths.PRETRAINED_FOLDER
     folder.mkdir(exist_ok=True)
     for name in KEPT:
         shutil.copy(out / name, folder)
     for part in (SWEEP, *PARTS):
-        (RESULTS / f"{part}.json").unlink(missing_ok=True)  # of the model before
+        (RESULTS / f"{part}.json").unlink(missing_ok=True)  # it describes the previous model
     with zipfile.ZipFile(out / "results.zip") as archive:
         archive.extractall(ROOT)
     with zipfile.ZipFile(out / "pictures.zip") as archive:
         for name in ("generated_samples.png", "denoising.gif", "nearest_neighbours.png"):
             (ROOT / f"docs/images/pretrained-{name}").write_bytes(archive.read(f"output/{name}"))
     keep("models", (kept("models") or {}) | {card["preset"]: card})
-    template = jinja2.Template((ROOT / "bench/card.md.j2").read_text(), keep_trailing_newline=True)
+    template = jinja2.Template((ROOT / "release/card.md.j2").read_text(), keep_trailing_newline=True)
     (folder / "README.md").write_text(template.render(card=card, metrics=table_of_metrics({card["preset"]: card})))
     bench.write_pages()
     print(f"{folder} has the model; `git diff --stat` shows what else is new")

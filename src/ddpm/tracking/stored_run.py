@@ -1,0 +1,121 @@
+"""A run in MLflow's store, and what MLflow gets there for each entry of the run's journal."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from PIL import Image
+
+from ddpm.paths import CACHE
+from ddpm.tracking.journal import Entry
+from ddpm.tracking.queries import newest_run
+from ddpm.tracking.ranking import Evaluation, is_better
+from ddpm.tracking.registry import register
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+
+@dataclass
+class StoredRun:
+    """Sends entries to one run. An entry that is sent again changes nothing."""
+
+    client: "MlflowClient"
+    root: Path  # of the repository, whose `.cache` has the locks
+    outbox: Path
+    experiment_id: str
+    run_id: str
+    parent_id: str | None  # the training that made the checkpoint which this run samples or evaluates
+    monitor: "SystemMetricsMonitor | None" = None
+
+    def start_monitor(self) -> None:
+        """Log the load of the machine until the run ends, from a thread of MLflow's."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self.monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.client.tracking_uri)
+        self.monitor.start()
+
+    def log_metrics(self, entries: list[Entry]) -> None:
+        """Log entries that are metrics, in one call; MLflow takes 1000 of them at most."""
+        from mlflow.entities import Metric
+
+        metrics = [Metric(entry["metric"], entry["value"], entry["time"], entry["step"]) for entry in entries]
+        self.client.log_batch(self.run_id, metrics=metrics)
+
+    def log(self, entry: Entry) -> None:
+        """Log an entry that isn't a metric."""
+        if "start" in entry:
+            self._log_params(entry["start"]["params"])
+        elif file := entry.get("preview") or entry.get("artifact") or entry.get("register"):
+            path = self.outbox / file
+            if path.exists():  # else it was sent before this process resumed the run
+                self._log_file(entry, path)
+                shutil.rmtree(path.parent)
+        elif "tags" in entry:
+            for name, value in entry["tags"].items():
+                self.client.set_tag(self.run_id, name, value)
+        elif "dataset" in entry:
+            self._log_dataset(**entry["dataset"])
+        elif "best_evaluation" in entry:
+            self._log_best_evaluation(entry["best_evaluation"], entry["time"])
+        elif "end" in entry:
+            self._finish_monitor()
+            self.client.set_terminated(self.run_id, entry["end"], entry["time"])
+
+    def _log_params(self, params: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        self.client.log_batch(self.run_id, params=[Param(name, str(value)) for name, value in params.items()])
+
+    def _log_file(self, entry: Entry, path: Path) -> None:
+        if "preview" in entry:
+            self._log_image(path, entry["step"], entry["time"])
+        elif "artifact" in entry:
+            self.client.log_artifact(self.run_id, str(path), entry["folder"])
+        else:
+            with FileLock(self.root / CACHE / "registry.lock"):  # else two evaluations of one checkpoint make two versions
+                evaluation = self.client.get_run(self.run_id)
+                register(self.client, self.parent_id or self.run_id, evaluation, path, entry["sampling"])
+
+    def _log_image(self, path: Path, step: int, timestamp: int) -> None:
+        """MLflow would store an image again under another name, so look first for one with this step and time."""
+        stored = re.compile(rf"step\W{step}\Wtimestamp\W{timestamp}\W.*compressed")  # the second of the two files per image
+        if not any(stored.search(file.path) for file in self.client.list_artifacts(self.run_id, "images")):
+            with Image.open(path) as image:
+                self.client.log_image(self.run_id, image, key="samples", step=step, timestamp=timestamp, synchronous=True)
+
+    def _log_dataset(self, name: str, digest: str, source: str, profile: dict[str, Any], context: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(name, digest, "local", json.dumps({"uri": source}), profile=json.dumps(profile))
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+    def _log_best_evaluation(self, values: dict[str, float], timestamp: int) -> None:
+        """Copy the metrics of this evaluation to the training's run, unless that already has better ones."""
+        if self.parent_id is None:
+            return
+        best_id = self.client.get_run(self.parent_id).data.tags.get("best_evaluation")
+        if best_id == self.run_id:  # an earlier process with this journal copied them
+            return
+        if best := newest_run(self.client, self.experiment_id, f"attributes.run_id = '{best_id}'"):  # None if it was deleted
+            old = Evaluation.from_tags(best.data.metrics["eval/fid"], best.data.tags)
+            new = Evaluation.from_tags(values["eval/fid"], self.client.get_run(self.run_id).data.tags)
+            if not is_better(new, old, by_evidence=True):
+                return
+        from mlflow.entities import Metric
+
+        self.client.log_batch(self.parent_id, metrics=[Metric(name, value, timestamp, 0) for name, value in values.items()])
+        self.client.set_tag(self.parent_id, "best_evaluation", self.run_id)
+
+    def _finish_monitor(self) -> None:
+        if self.monitor:
+            self.monitor.finish()
+            self.monitor.collect_metrics()  # else a run that is shorter than MLflow's interval of 10 s would have none
+            self.monitor.publish_metrics(self.monitor.aggregate_metrics())
+            self.monitor.mlflow_logger.flush()
+            self.monitor = None
