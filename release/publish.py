@@ -48,7 +48,6 @@ SWEEP, PARTS = "guidance", ("classes", "cas")
 PRESETS = ("h100", "smoke")  # whose model knows classes
 KEPT = (paths.PRETRAINED.name, paths.PRETRAINED_CARD.name, "runs.zip", paths.PRETRAINED_SAMPLES.name)
 MADE = (*KEPT, "pictures.zip", "results.zip")
-METRICS = Path("output/metrics/evaluate.json")
 PICTURES = ("output/*.png", "output/*.gif", "output/plots/*.tsv")
 ENOUGH = 10_000  # samples; a run with fewer is a trial, which skips the bench
 LIMIT = 16 << 20  # bytes of a file in OUT
@@ -125,7 +124,7 @@ class Work:
             if not self.keep_first(count):
                 self.step(f"{name}: sample", "src/sample.py")
             self.step(f"{name}: evaluate", "src/evaluate.py")
-            shutil.copy(self.root / METRICS, path)
+            shutil.copy(self.root / paths.EVALUATION_METRICS, path)
         return json.loads(path.read_text())
 
     def measure(self, part: str) -> None:
@@ -186,7 +185,7 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
         "sha256": file_sha256(model),
         "bytes": model.stat().st_size,
         "samples": count,
-        "metrics": metrics | json.loads((work.root / "output/metrics/train.json").read_text()),
+        "metrics": metrics | json.loads((work.root / paths.TRAIN_METRICS).read_text()),
         "metrics_as_trained": as_trained,
         "metrics_of_five_times_as_many_samples": many,
         "curves": {split: curve(work.root / f"output/plots/{split}.tsv") for split in ("train", "validation")},

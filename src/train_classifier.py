@@ -14,7 +14,7 @@ from ddpm.evaluation.classifier_training import RECIPE, evaluate_classifier, new
 from ddpm.files import serialise, sha256, write_atomic
 from ddpm.params import FASHION_MNIST
 from ddpm.params_file import load_params
-from ddpm.paths import CLASSIFIER
+from ddpm.paths import CLASSIFIER, classifier_file
 from ddpm.runtime.cli import clean_errors
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help=f"{CLASSIFIER}, or models/classifier-NAME.pth for other data")
     out, data_name = parser.parse_args().out, load_params().data.name
-    out = out or (CLASSIFIER if data_name == FASHION_MNIST else Path(f"models/classifier-{data_name}.pth"))
+    out = out or (CLASSIFIER if data_name == FASHION_MNIST else classifier_file(data_name))
     data = load_dataset(data_name)
     classes = len(data.classes)
 

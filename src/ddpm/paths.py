@@ -33,6 +33,11 @@ TRAIN_METRICS = OUTPUT / "metrics/train.json"
 EVALUATION_METRICS = OUTPUT / "metrics/evaluate.json"
 
 
+def classifier_file(name: str) -> Path:
+    """The evaluator of a data set other than Fashion-MNIST."""
+    return Path(f"models/classifier-{name}.pth")
+
+
 def raw_folder(name: str) -> Path:
     """The folder of a data set's files. torchvision looks there, too: `torchvision.datasets.FashionMNIST("data")`."""
     return Path("data") / name / "raw"

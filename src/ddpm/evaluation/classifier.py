@@ -14,7 +14,7 @@ from ddpm.data.pixels import channels_first
 from ddpm.errors import UserError
 from ddpm.files import file_sha256, load_tensors
 from ddpm.params import FASHION_MNIST
-from ddpm.paths import CLASSIFIER
+from ddpm.paths import CLASSIFIER, classifier_file
 
 PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of Fashion-MNIST's pixels in [0, 1]; for other data the first layer learns its own
 FEATURES = 128
@@ -73,7 +73,7 @@ def load_classifier(path: Path, data: str = FASHION_MNIST) -> Classifier:
     if file_sha256(path) != expected:
         raise UserError(f"{path}: not the classifier that {card.name} describes (SHA-256 differs); FIDs would not compare")
     if trained_on != data:
-        other = f"models/classifier-{data}.pth"
+        other = classifier_file(data)
         raise UserError(
             f"{path}: trained on {trained_on}, not on {data}; `{MADE_BY} --out {other}` makes one: name it in evaluate.classifier"
         )
