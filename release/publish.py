@@ -34,11 +34,12 @@ from ddpm import paths  # noqa: E402
 from ddpm.checkpoint import load_checkpoint  # noqa: E402
 from ddpm.data.samples_file import Samples, write_samples  # noqa: E402
 from ddpm.errors import UserError  # noqa: E402
-from ddpm.files import file_sha256, serialise, write_atomic  # noqa: E402
+from ddpm.files import file_sha256, write_atomic  # noqa: E402
 from ddpm.params_file import merge  # noqa: E402
 from ddpm.paths import MODEL  # noqa: E402
 from ddpm.runtime.cli import between, clean_errors  # noqa: E402
 from ddpm.runtime.run_folder import fingerprint  # noqa: E402
+from ddpm.tensor_files import serialise  # noqa: E402
 from measure import RESULTS, first_samples, keep, kept, machine, own_environment  # noqa: E402
 from models import table_of_metrics  # noqa: E402
 

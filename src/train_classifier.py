@@ -11,11 +11,12 @@ from pathlib import Path
 
 from ddpm.data.dataset import load_dataset
 from ddpm.evaluation.classifier_training import RECIPE, evaluate_classifier, new_classifier, train_classifier
-from ddpm.files import serialise, sha256, write_atomic
+from ddpm.files import sha256, write_atomic
 from ddpm.params import FASHION_MNIST
 from ddpm.params_file import load_params
 from ddpm.paths import CLASSIFIER, classifier_file
 from ddpm.runtime.cli import clean_errors
+from ddpm.tensor_files import serialise
 
 
 def main() -> None:

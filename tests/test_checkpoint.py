@@ -5,7 +5,7 @@ from ddpm.checkpoint import load_checkpoint, save_checkpoint
 from ddpm.data.fashion_mnist import CLASSES
 from ddpm.diffusion.unet import UNet
 from ddpm.errors import UserError
-from ddpm.files import serialise
+from ddpm.tensor_files import serialise
 
 SMALL = {"channels": [8, 16], "blocks": 1, "attention": [7], "heads": 2, "dropout": 0.1, "patch_size": 2}
 DIFFUSION = {"timesteps": 50, "schedule": "cosine", "prediction": "v", "min_snr_gamma": 5.0}

@@ -12,7 +12,8 @@ from ddpm.data.fashion_mnist import load_split
 from ddpm.errors import UserError
 from ddpm.evaluation.classifier import FEATURES, Classifier, load_classifier
 from ddpm.evaluation.features import extract, extract_cached
-from ddpm.files import file_sha256, load_tensors
+from ddpm.files import file_sha256
+from ddpm.tensor_files import load_tensors
 
 CPU = torch.device("cpu")
 CLASSIFIER = Path(__file__).resolve().parents[1] / "models/classifier.pth"

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ddpm.errors import UserError
-from ddpm.files import file_sha256, load_tensors, read_verified, serialise, sha256, write_atomic, write_verified
+from ddpm.files import file_sha256, sha256, write_atomic
+from ddpm.tensor_files import load_tensors, read_verified, serialise, write_verified
 
 WEIGHTS = {"weights": {"layer": torch.arange(4096.0).view(64, 64)}, "width": 64}
 

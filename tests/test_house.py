@@ -18,13 +18,14 @@ ONLY_FOR_PREVIEWS = {"train": {"figures"}}
 
 # part → the parts of src/ddpm that it may import, besides itself
 STAGE_WINGS = {"sources", "training", "sampling", "evaluation"}
-BASE = {"errors", "paths", "params", "params_file", "files"}
+BASE = {"errors", "paths", "params", "params_file", "files", "tensor_files"}
 ALLOWED = {
     "errors": set(),
     "paths": set(),
     "params": set(),
     "params_file": {"errors", "paths", "params", "files"},
     "files": {"errors", "paths"},
+    "tensor_files": {"errors", "files"},
     "figures": {"errors", "paths", "files"},
     "runtime": {"errors", "files", "paths"},
     "diffusion": set(),

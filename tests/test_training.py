@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from ddpm.diffusion.process import Diffusion
 from ddpm.diffusion.unet import UNet
 from ddpm.errors import Stopped, UserError
-from ddpm.files import serialise, sha256
+from ddpm.files import sha256
 from ddpm.params import TrainParams
 from ddpm.runtime.device import select_device
 from ddpm.runtime.run_folder import fingerprint
+from ddpm.tensor_files import serialise
 from ddpm.training import loop, step, validation
 from ddpm.training import state as state_module
 from ddpm.training.batches import draw

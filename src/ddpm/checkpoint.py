@@ -11,8 +11,9 @@ from ddpm.data.fashion_mnist import CLASSES
 from ddpm.diffusion.process import Diffusion
 from ddpm.diffusion.unet import UNet
 from ddpm.errors import UserError
-from ddpm.files import load_tensors, serialise, write_atomic
+from ddpm.files import write_atomic
 from ddpm.paths import MODEL, PRETRAINED
+from ddpm.tensor_files import load_tensors, serialise
 
 
 @dataclass(frozen=True)

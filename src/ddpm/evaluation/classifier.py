@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ddpm.data.pixels import channels_first
 from ddpm.errors import UserError
-from ddpm.files import file_sha256, load_tensors
+from ddpm.files import file_sha256
 from ddpm.params import FASHION_MNIST
 from ddpm.paths import CLASSIFIER, classifier_file
+from ddpm.tensor_files import load_tensors
 
 PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of Fashion-MNIST's pixels in [0, 1]; for other data the first layer learns its own
 FEATURES = 128

@@ -9,8 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.evaluation.classifier import FEATURES, Classifier
-from ddpm.files import read_verified, write_verified
 from ddpm.runtime.distributed import SINGLE_PROCESS, Group
+from ddpm.tensor_files import read_verified, write_verified
 
 
 class Extracted(NamedTuple):
@@ -23,7 +23,7 @@ EMPTY = Extracted(torch.empty(0, FEATURES), torch.empty(0, dtype=torch.int64))
 
 @torch.inference_mode()
 def extract(
-    classifier: Classifier, images: Tensor, device: torch.device, batch_size: int = 500, group: Group = SINGLE_PROCESS
+    classifier: Classifier, images: Tensor, device: torch.device, batch_size: int = 250, group: Group = SINGLE_PROCESS
 ) -> Extracted:
     """Features and predicted classes of uint8 images [N, …]. Each rank computes its share; all but rank 0 get EMPTY."""
     classifier = classifier.to(device).to(memory_format=torch.channels_last)

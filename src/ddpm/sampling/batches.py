@@ -8,11 +8,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm.data.pixels import to_uint8
-from ddpm.files import read_verified, write_verified
 from ddpm.params import SampleParams
 from ddpm.runtime.distributed import SINGLE_PROCESS, Group
 from ddpm.sampling.pictures import STRIP_ROWS
 from ddpm.sampling.pipeline import Pipeline, label_batches
+from ddpm.tensor_files import read_verified, write_verified
 
 
 @dataclass

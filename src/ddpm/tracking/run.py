@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import UserError
-from ddpm.runtime.distributed import is_lost_process_error
 from ddpm.runtime.run_folder import lock_folder
 from ddpm.tracking.connection import root_cause
 from ddpm.tracking.journal import Entry, Journal
@@ -64,6 +63,8 @@ def start_run(
         run.begin(required)
         yield run
     except BaseException as error:
+        from ddpm.runtime.distributed import is_lost_process_error  # imports PyTorch, which ship.py does without
+
         run.finish("FAILED" if isinstance(error, Exception) and not is_lost_process_error(error) else "KILLED")
         raise
     run.finish("FINISHED")

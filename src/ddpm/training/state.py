@@ -11,9 +11,9 @@ import torch
 from ddpm.data.dataset import Dataset
 from ddpm.diffusion.unet import UNet
 from ddpm.errors import UserError
-from ddpm.files import read_verified, write_verified
 from ddpm.params import TrainParams
 from ddpm.runtime.distributed import Group
+from ddpm.tensor_files import read_verified, write_verified
 from ddpm.training.optim import Optimizers
 
 KEPT_STATES = 2  # the newest, and one to fall back to if the newest is corrupt
