@@ -4,8 +4,6 @@ VENV  := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
-# Once, at installation: where Python may not keep what it compiles, every start would do it anew, which takes seconds.
-export UV_COMPILE_BYTECODE := 1
 
 .PHONY: setup repro test lint bench compare report ui serve demo help
 .DEFAULT_GOAL := help
@@ -46,16 +44,10 @@ demo: $(VENV)/.runtime  ## garments in seconds, from the trained model that come
 serve: $(VENV)/.runtime  ## garments by HTTP, at http://127.0.0.1:8000, from the best model
 	@python src/serve.py
 
-# uv installs in half a minute what takes pip several; it comes from where pip's packages come from.
-$(VENV)/bin/uv:
-	python3 -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version) if sys.version_info < (3, 11) else None'
-	python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
-
-$(VENV)/.runtime: $(VENV)/bin/uv requirements.txt
-	uv pip install --quiet --python $(VENV)/bin/python -r requirements.txt
+$(VENV)/.runtime: requirements.txt
+	@python3 install.py
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt bench/requirements.txt
-	uv pip install --quiet --python $(VENV)/bin/python -r requirements-dev.txt -r bench/requirements.txt -c requirements.txt
+	@python3 install.py --dev
 	@touch $@

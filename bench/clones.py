@@ -13,16 +13,22 @@ from contenders import ROOT
 from ddpm.params_file import merge
 from measure import own_environment
 
+AS_SOMEBODY = ("-c", "user.name=t", "-c", "user.email=t@localhost")
+
 
 def plain_clone(folder: Path) -> Path:
-    """A clone of the repository in `folder`, with the working tree's edits and untracked files, and the smoke preset applied."""
+    """The repository's files as they are now, in `folder`, with one commit as their history and the smoke preset applied.
+
+    (DVC looks at every commit that there is, which takes as long as a small training.)
+    """
     clone = folder / "clone"
-    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-    listing = ["git", "ls-files", "-z", "--modified", "--others", "--exclude-standard"]
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
         if (ROOT / name).is_file():
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, clone / name)
+            shutil.copy(ROOT / name, clone / name)
+    for command in (["init", "--quiet"], ["add", "--all"], [*AS_SOMEBODY, "commit", "--quiet", "--message", "as cloned"]):
+        subprocess.run(["git", *command], cwd=clone, check=True)
     subprocess.run([sys.executable, "src/preset.py", "smoke"], cwd=clone, stdout=subprocess.DEVNULL, check=True)
     return clone
 
@@ -36,9 +42,9 @@ def edit_params(clone: Path, changes: dict) -> None:
 
 
 def environment() -> dict[str, str]:
-    """`own_environment`, with the folder of this Python first on PATH, so that `dvc` and `python` are found there."""
-    clean = own_environment()
-    return {**clean, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"}
+    """`own_environment`, with the folder of this Python on PATH, so that `dvc` and `python` are found there."""
+    clean, folder = own_environment(), str(Path(sys.executable).parent)
+    return clean if folder in clean["PATH"].split(os.pathsep) else {**clean, "PATH": f"{folder}{os.pathsep}{clean['PATH']}"}
 
 
 def timed(folder: Path, *command: str) -> float:

@@ -1,89 +1,124 @@
+import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
-from xdist.scheduler import LoadFileScheduling
 
 import crash
+import warm
 from clones import edit_params
 from ddpm.checkpoint import save_checkpoint
-from ddpm.data.fashion_mnist import FILES
+from ddpm.data.fashion_mnist import load_split
 from ddpm.diffusion.unet import UNet
-from ddpm.files import file_sha256
+from ddpm.evaluation.classifier import load_classifier
+from ddpm.evaluation.features import extract_cached
+from ddpm.paths import CLASSIFIER
 from ddpm.sources.download import download
-from helpers import run, smoke_clone, stages_run
+from helpers import COLD, CPU, commit, run, stages_run
 
 ROOT = Path(__file__).resolve().parents[1]
-# `make test` runs a process a core. A file's tests stay in one, and so do those of files that share a run of the pipeline.
-SHARED = {"test_team.py": "test_pipeline.py", "test_views.py": "test_pipeline.py", "test_processes.py": "test_folder.py"}
-LONGEST = "test_pipeline.py"
+CACHE = ROOT / ".cache"  # what is in it serves the next time too
+# `make test` runs a process a core, and all tests of a file in one of them. What takes longest begins first.
+LONGEST = ("test_pipeline", "test_publish", "test_processes", "test_views", "test_tracking", "test_team", "test_bench")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # one server for all processes of `make test`
+        config.warm_server = warm.start_server()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if server := getattr(config, "warm_server", None):
+        server.communicate()
+        shutil.rmtree(Path(os.environ["WARM_SERVER"]).parent)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first, so that the other processes do the rest meanwhile."""
-    items.sort(key=lambda item: SHARED.get(item.path.name, item.path.name) != LONGEST)
+    order = {name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log) -> LoadFileScheduling:
-    class LoadSharedScheduling(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            name = super()._split_scope(nodeid).rpartition("/")[2]
-            return SHARED.get(name, name)
-
-    return LoadSharedScheduling(config, log)
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` fills, in whichever of the test session's processes needs it first. It is to stay as it is."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, made = base / name, base / f"{name}.made"
+    with FileLock(base / f"{name}.lock"):
+        if not made.exists():
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
 def fashion_mnist(tmp_path_factory) -> Path:
     """A folder with Fashion-MNIST's four unpacked files, to read only."""
-    cache = ROOT / ".cache"
-    if all((cache / name).is_file() and file_sha256(cache / name) == digest for name, digest in FILES.items()):
-        return cache
-    raw = tmp_path_factory.mktemp("fashion-mnist")
-    download(raw, cache)
-    return raw
+    with FileLock(CACHE / "tests.lock"):
+        download(tmp_path_factory.mktemp("raw"), CACHE)
+    return CACHE
 
 
 @pytest.fixture(scope="session")
-def smoke_run(tmp_path_factory, fashion_mnist) -> Path:
-    """A clone with the smoke preset after `dvc repro`, all committed. Its files and its commit are to stay as they are.
+def real_features(fashion_mnist) -> list[Path]:
+    """The files that `evaluate` keeps of Fashion-MNIST's features: a minute's work, which no clone needs to repeat."""
+    with FileLock(CACHE / "tests.lock"):
+        for split in ("train", "test"):
+            extract_cached(load_classifier(ROOT / CLASSIFIER), load_split(fashion_mnist, split)[0], CPU, CACHE)
+    return list(CACHE.glob("features-*.pt"))
 
-    test_views.py and test_team.py add experiments, runs and a remote; test_pipeline.py, which comes before, works on a copy.
-    """
-    clone = smoke_clone(tmp_path_factory.mktemp("smoke"), fashion_mnist)
-    assert stages_run(run(clone, "dvc", "repro")) == ["download", "train", "sample", "evaluate"]
-    run(clone, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qam", "smoke run")
-    return clone
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory, fashion_mnist, real_features) -> Path:
+    """A clone with the smoke preset after `dvc repro`, all committed. Its files and its commits are to stay as they are."""
+
+    def make(folder: Path) -> None:
+        clone = crash.clone(folder)
+        edit_params(clone, {"data": {"folder": str(fashion_mnist)}})
+        commit(clone, "smoke preset")
+        (clone / ".cache").mkdir()
+        for file in real_features:
+            shutil.copy(file, clone / ".cache")
+        assert stages_run(run(clone, "dvc", "repro", environment=COLD)) == ["download", "train", "sample", "evaluate"]
+        commit(clone, "smoke run")
+
+    return once(tmp_path_factory, "smoke", make) / "clone"
 
 
 @pytest.fixture(scope="session")
 def coloured_run(tmp_path_factory) -> Path:
     """A clone with three classes of coloured images, 16 × 16 pixels, after `dvc repro`: by the smoke preset and params alone.
 
-    test_folder.py looks at it, and then test_processes.py trains in it.
+    Its files are to stay as they are.
     """
-    folder = tmp_path_factory.mktemp("coloured")
-    for i, name in enumerate(("red", "green", "blue")):
-        (folder / "colours" / name).mkdir(parents=True)
-        for n in range(70):
-            array = np.random.default_rng(n).integers(0, 60, (16, 16, 3), np.uint8)
-            array[..., i] += 180
-            Image.fromarray(array).save(folder / "colours" / name / f"{n}.png")
-    clone = crash.clone(folder)
-    changes = {
-        "data": {"name": "colours", "folder": str(folder / "colours")},
-        "evaluate": {"classifier": "models/classifier-colours.pth"},
-        "train": {"steps": 200, "learning_rate": 0.01},
-        "sample": {"count": 30},
-    }
-    edit_params(clone, changes)
-    run(clone, "dvc", "repro", "download")
-    run(clone, sys.executable, "src/train_classifier.py", "--out", "models/classifier-colours.pth")
-    assert stages_run(run(clone, "dvc", "repro")) == ["train", "sample", "evaluate"]
-    return clone
+
+    def make(folder: Path) -> None:
+        for i, name in enumerate(("red", "green", "blue")):
+            (folder / "colours" / name).mkdir(parents=True)
+            for n in range(70):
+                array = np.random.default_rng(n).integers(0, 60, (16, 16, 3), np.uint8)
+                array[..., i] += 180
+                Image.fromarray(array).save(folder / "colours" / name / f"{n}.png")
+        clone = crash.clone(folder)
+        changes = {
+            "data": {"name": "colours", "folder": str(folder / "colours")},
+            "evaluate": {"classifier": "models/classifier-colours.pth"},
+            "train": {"steps": 200, "learning_rate": 0.01},
+            "sample": {"count": 30},
+        }
+        edit_params(clone, changes)
+        run(clone, "dvc", "repro", "download")
+        run(clone, sys.executable, "src/train_classifier.py", "--out", "models/classifier-colours.pth")
+        assert stages_run(run(clone, "dvc", "repro")) == ["train", "sample", "evaluate"]
+
+    return once(tmp_path_factory, "coloured", make) / "clone"
 
 
 @pytest.fixture(scope="session")

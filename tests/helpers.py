@@ -2,12 +2,15 @@
 
 import io
 import os
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,8 @@ import torch
 from PIL import Image
 
 import crash  # which puts src/ and bench/ on the path
-from clones import edit_params
+import warm  # noqa: F401 -- which changes PATH
+from clones import AS_SOMEBODY
 from ddpm.data.dataset import Dataset
 from ddpm.diffusion.process import Diffusion
 from ddpm.params import TrainParams
@@ -32,19 +36,21 @@ def free_port() -> int:
 
 # Commands in a clone of the repository
 
+# `python` on this PATH, and so in what DVC runs, is that of tests/warm; with COLD, and as `sys.executable`, it is the real one.
 ENVIRONMENT = {**crash.environment(), "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}  # the preset is over before the usual ten
+COLD = {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{ENVIRONMENT['PATH']}"}
 
 
-def run(clone: Path, *command: str) -> str:
+def run(clone: Path, *command: str, environment: dict[str, str] = ENVIRONMENT) -> str:
     """What the command prints. Fails the test if the command fails."""
-    done = subprocess.run(command, cwd=clone, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 def start(clone: Path, *arguments: str) -> subprocess.Popen:
     """A Python process that runs on; its standard error can be read."""
-    command = [sys.executable, *arguments]
+    command = ["python", *arguments]
     return subprocess.Popen(command, cwd=clone, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -62,12 +68,18 @@ def mlflow_runs(clone: Path, stage: str) -> list:
     return client.search_runs([experiment.experiment_id], f"tags.stage = '{stage}'", order_by=["attributes.start_time ASC"])
 
 
-def smoke_clone(folder: Path, data: Path) -> Path:
-    """A fresh clone of the committed tree with this tree's edits, and the smoke preset committed."""
-    clone = crash.clone(folder)
-    edit_params(clone, {"data": {"folder": str(data)}})
+def commit(clone: Path, message: str) -> None:
     run(clone, "git", "add", "--all")
-    run(clone, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "smoke preset")
+    run(clone, "git", *AS_SOMEBODY, "commit", "--quiet", "--message", message)
+
+
+def copied(source: Path, folder: Path) -> Path:
+    """A copy of a clone, with an MLflow store of its own, to change at will."""
+    clone = folder / "clone"
+    shutil.copytree(source, clone, symlinks=True)
+    with closing(sqlite3.connect(clone / "mlflow.db")) as store, store:
+        for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
+            store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (source.as_uri(), clone.as_uri()))
     return clone
 
 

@@ -1,18 +1,12 @@
-"""The real pipeline on the real data: `dvc repro` of the smoke preset in a fresh clone, and what a user does next.
-
-One clone serves all tests of this file, in order: each goes on from where the one before it left off.
-"""
+"""The real pipeline on the real data: `dvc repro` of the smoke preset in a fresh clone, and what a user does next."""
 
 import json
 import random
 import re
 import shutil
 import signal
-import sqlite3
 import subprocess
-import sys
 import time
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -25,24 +19,18 @@ from torchvision.datasets import FashionMNIST
 import crash
 from clones import edit_params
 from ddpm.training.state import load_state
-from helpers import mlflow_runs, run, stages_run, start
+from helpers import copied, mlflow_runs, run, stages_run, start
 
 pytestmark = pytest.mark.pipeline
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory, smoke_run: Path) -> Path:
-    """A copy of such a clone after `dvc repro`, with an MLflow store of its own, to change at will."""
-    clone = tmp_path_factory.mktemp("pipeline") / "clone"
-    shutil.copytree(smoke_run, clone, symlinks=True)
-    with closing(sqlite3.connect(clone / "mlflow.db")) as store, store:
-        for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
-            places = (smoke_run.as_uri(), clone.as_uri())
-            store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", places)
-    return clone
+@pytest.fixture
+def clone(tmp_path: Path, smoke_run: Path) -> Path:
+    return copied(smoke_run, tmp_path)
 
 
-def test_outputs_are_as_promised(clone: Path) -> None:
+def test_outputs_are_as_promised(smoke_run: Path) -> None:
+    clone = smoke_run
     params = yaml.safe_load((clone / "params.yaml").read_text())
     model = torch.load(clone / "models/diffusion_model.pth", weights_only=True)
     assert model["unet"]["channels"] == params["train"]["model"]["channels"]
@@ -76,9 +64,10 @@ def test_outputs_are_as_promised(clone: Path) -> None:
         assert lines[-1].startswith("60\t")
 
 
-def test_mlflow_has_the_runs(clone: Path) -> None:
+def test_mlflow_has_the_runs(smoke_run: Path) -> None:
     from mlflow import MlflowClient
 
+    clone = smoke_run
     client = MlflowClient(f"sqlite:///{clone / 'mlflow.db'}")
     (train,), (sample,), (evaluate,) = (mlflow_runs(clone, stage) for stage in ("train", "sample", "evaluate"))
     assert {r.info.status for r in (train, sample, evaluate)} == {"FINISHED"}
@@ -128,13 +117,13 @@ def test_edits_rerun_what_they_change_and_nothing_else(clone: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def forced(clone: Path) -> tuple[str, list[crash.Victim]]:
-    """What `dvc.lock` was before each stage was forced to run again, undisturbed, and these stages."""
-    return (clone / "dvc.lock").read_text(), crash.victims(clone)
+def forced(tmp_path_factory: pytest.TempPathFactory, smoke_run: Path) -> list[crash.Victim]:
+    """All stages, after each was forced to run again, undisturbed."""
+    return crash.victims(copied(smoke_run, tmp_path_factory.mktemp("forced")))
 
 
-def test_forced_repro_gives_the_same_bytes(clone: Path, forced: tuple[str, list[crash.Victim]]) -> None:
-    assert (clone / "dvc.lock").read_text() == forced[0]
+def test_forced_repro_gives_the_same_bytes(smoke_run: Path, forced: list[crash.Victim]) -> None:
+    assert {victim.lock for victim in forced} == {(smoke_run / "dvc.lock").read_bytes()}
 
 
 @pytest.mark.parametrize(
@@ -159,15 +148,15 @@ def test_a_stopped_stage_says_how_to_go_on_and_does(clone: Path, stage: str, num
     assert "Traceback" not in errors
     assert mlflow_runs(clone, stage)[-1].info.status == "KILLED"
 
-    run(clone, sys.executable, f"src/{stage}.py")
+    run(clone, "python", f"src/{stage}.py")
     assert output.read_bytes() == before
     assert len(mlflow_runs(clone, stage)) == runs + 1
     assert mlflow_runs(clone, stage)[-1].info.status == "FINISHED"
 
 
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(forced: tuple[str, list[crash.Victim]]) -> None:
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(forced: list[crash.Victim]) -> None:
     kills, faults, seed = 0, [], random.randrange(10**6)
-    for n, (said, struck, wrong) in enumerate(crash.ordeals(forced[1], 12, random.Random(seed))):
+    for n, (said, struck, wrong) in enumerate(crash.ordeals(forced, 12, random.Random(seed))):
         kills += struck
         faults += [f"{said}: {fault}" for fault in wrong]
         if kills >= 4 and n >= 3:  # every stage at least once
@@ -198,7 +187,7 @@ def test_a_full_disk_says_so_and_the_last_good_state_serves(clone: Path) -> None
         (folder,) = {path.parent for path in resume.glob("*/state-*.pt")}
         assert 0 < load_state(folder)["step"] < 60
         (resume / "filler").unlink()
-        run(clone, sys.executable, "src/train.py")
+        run(clone, "python", "src/train.py")
         assert (clone / "models/diffusion_model.pth").read_bytes() == before
     finally:
         subprocess.run(["umount", "--lazy", resume], check=True)

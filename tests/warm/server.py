@@ -1,0 +1,142 @@
+"""A process that has imported what takes a stage seconds to import, and runs scripts in forks of itself.
+
+`tests/warm/python` is its client: as the first `python` on the PATH of a test's commands it hands over its arguments, folder,
+environment and standard streams. The script then runs as in a new interpreter, in a process and a session of its own; only the
+packages of others (PyTorch, MLflow, torchmetrics …) are there already, ours come from the script's own folder. Signals that the
+client gets are passed on, and if the client is killed, the script is killed as well.
+
+`python tests/warm/server.py SOCKET` serves until its standard input is closed. It imports nothing before the first client calls.
+"""
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import struct
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+PACKAGES = (
+    *("torch", "torch._dynamo", "torchmetrics.image.fid", "torchmetrics.image.kid"),
+    *("mlflow", "mlflow.store.tracking.sqlalchemy_store", "mlflow.pyfunc", "pandas"),
+    *("PIL.Image", "pydantic", "filelock", "psutil", "requests", "rich.table", "ruamel.yaml", "tqdm", "yaml"),
+)
+
+
+def run(request: dict, streams: list[int]) -> None:
+    """Run the script as an interpreter does that is started with the request's arguments."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        sys.modules["torch"].set_num_threads(int(threads))  # PyTorch reads the variable only when it is imported
+    script, *_ = sys.argv = request["arguments"]
+    more = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:1] = [str(Path(script).resolve().parent), *more]
+    runpy.run_path(script, run_name="__main__")
+
+
+def exit_after(work: Callable, *arguments: object) -> NoReturn:
+    """Exit as an interpreter does at its end, but without taking down all that was imported, which takes seconds."""
+    status = 0
+    try:
+        work(*arguments)
+    except SystemExit as ending:
+        status = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        if isinstance(ending.code, str):
+            print(ending.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def receive(client: socket.socket) -> tuple[dict, list[int]]:
+    """The request and the client's standard streams. Raises OSError if the client was killed while it called."""
+    head, streams, _, _ = socket.recv_fds(client, 4, 3)
+    content = b""
+    while len(head) < 4 or len(content) < struct.unpack("!I", head)[0]:
+        if not (more := client.recv(1 << 16)):
+            raise ConnectionResetError
+        content += more
+    return json.loads(content), streams
+
+
+class Server:
+    def __init__(self, address: str):
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(address)
+        self.listener.listen()
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.listener, selectors.EVENT_READ, self.start)
+        self.selector.register(sys.stdin, selectors.EVENT_READ, lambda: os._exit(0))
+
+    def serve(self) -> NoReturn:
+        while True:
+            for key, _ in self.selector.select():
+                if key.fd in self.selector.get_map():  # not ended by one of the others
+                    key.data()
+
+    def start(self) -> None:
+        client, _ = self.listener.accept()
+        try:
+            request, streams = receive(client)
+        except OSError:
+            client.close()
+            return
+        for package in PACKAGES:
+            importlib.import_module(package)
+        gc.freeze()  # so that a fork doesn't touch, and so copy, all of it
+        if not (pid := os.fork()):
+            for key in self.selector.get_map().values():
+                os.close(key.fd)  # and not `unregister`, which would do so for the server as well
+            os.close(client.fileno())
+            os.setsid()
+            exit_after(run, request, streams)
+        for stream in streams:
+            os.close(stream)
+        ended = os.pidfd_open(pid)
+        self.selector.register(client, selectors.EVENT_READ, lambda: self.hear(client, pid))
+        self.selector.register(ended, selectors.EVENT_READ, lambda: self.report(client, pid, ended))
+
+    def hear(self, client: socket.socket, pid: int) -> None:
+        """Pass the client's signals on."""
+        try:
+            number = client.recv(1)
+        except OSError:
+            number = b""
+        if not number:
+            self.selector.unregister(client)
+        os.kill(pid, number[0] if number else signal.SIGKILL)
+
+    def report(self, client: socket.socket, pid: int, ended: int) -> None:
+        """Tell the client how the script ended."""
+        _, status = os.waitpid(pid, 0)
+        self.selector.unregister(ended)
+        os.close(ended)
+        if client.fileno() in self.selector.get_map():
+            self.selector.unregister(client)
+        with suppress(OSError):
+            client.sendall(struct.pack("!i", os.waitstatus_to_exitcode(status)))
+        client.close()
+
+
+if __name__ == "__main__":
+    Server(sys.argv[1]).serve()
