@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from contextlib import closing
@@ -48,10 +49,11 @@ def run(clone: Path, *command: str, environment: dict[str, str] = ENVIRONMENT) -
     return done.stdout
 
 
-def start(clone: Path, *arguments: str) -> subprocess.Popen:
-    """A Python process that runs on; its standard error can be read."""
-    command = ["python", *arguments]
-    return subprocess.Popen(command, cwd=clone, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(clone: Path, *command: str, **environment: str) -> subprocess.Popen:
+    """A process that runs on; its standard error can be read."""
+    return subprocess.Popen(
+        command, cwd=clone, env=ENVIRONMENT | environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def stages_run(output: str) -> list[str]:
@@ -98,7 +100,9 @@ TRACKING_ENVIRONMENT = {name: value for name, value in os.environ.items() if nam
 
 
 def python(script: str, *arguments: object, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", script, *map(str, arguments)]
+    path = Path(tempfile.mkdtemp()) / "script.py"
+    path.write_text(script)
+    command = ["python", path, *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=ROOT, env=TRACKING_ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -33,7 +33,7 @@ REMEDY = "`dvc repro train` makes it"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The repository's code, params and classifier, and nothing that a stage has made."""
-    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "src", tmp_path / "src")
     shutil.copy(ROOT / "params.yaml", tmp_path)
     (tmp_path / "models").mkdir()
     for name in ("classifier.pth", "classifier.json"):
@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 def run(folder: Path, stage: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
-    command = [sys.executable, f"src/{stage}.py"]
+    command = ["python", f"src/{stage}.py"]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 

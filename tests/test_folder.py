@@ -18,7 +18,7 @@ from ddpm.data.dataset import load_dataset
 from ddpm.data.idx import idx_header, map_idx
 from ddpm.errors import UserError
 from ddpm.sources.user_folder import take_folder
-from helpers import start
+from helpers import copied, start
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -276,8 +276,8 @@ def test_a_set_larger_than_memory_trains(workspace):
 
 
 @pytest.mark.pipeline
-def test_a_folder_of_coloured_images_through_the_whole_pipeline(coloured_run):
-    clone = coloured_run
+def test_a_folder_of_coloured_images_through_the_whole_pipeline(coloured_run, tmp_path):
+    clone = copied(coloured_run, tmp_path)
     samples = np.load(clone / "output/samples.npz")
     assert samples["images"].shape == (30, 16, 16, 3)
     colours = samples["images"].mean((1, 2)).argmax(1)
@@ -288,7 +288,6 @@ def test_a_folder_of_coloured_images_through_the_whole_pipeline(coloured_run):
     with Image.open(clone / "output/generated_samples.png") as grid:
         assert grid.mode == "RGB"
 
-    before = (clone / "params.yaml").read_text()
     edit_params(
         clone, {"evaluate": {"classifier": "models/classifier.pth"}, "train": {"model": {"channels": [16, 32, 64, 64, 64]}}}
     )
@@ -296,7 +295,6 @@ def test_a_folder_of_coloured_images_through_the_whole_pipeline(coloured_run):
         ("train", "error: params.yaml: train.model.channels: 5 levels would halve 8×8 pixels unevenly; use fewer"),
         ("evaluate", "error: models/classifier.pth: trained on FashionMNIST, not on colours; "),
     ):
-        _, errors = (process := start(clone, f"src/{stage}.py")).communicate()
+        _, errors = (process := start(clone, "python", f"src/{stage}.py")).communicate()
         assert process.returncode == 1
         assert errors.splitlines()[-1].startswith(line)
-    (clone / "params.yaml").write_text(before)

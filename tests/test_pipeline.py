@@ -136,7 +136,7 @@ def test_forced_repro_gives_the_same_bytes(smoke_run: Path, forced: list[crash.V
 def test_a_stopped_stage_says_how_to_go_on_and_does(clone: Path, stage: str, number: int, status: int, last: str) -> None:
     output = clone / {"train": "models/diffusion_model.pth", "sample": "output/samples.npz"}[stage]
     before, runs = output.read_bytes(), len(mlflow_runs(clone, stage))
-    process = start(clone, f"src/{stage}.py")
+    process = start(clone, "python", f"src/{stage}.py")
     started = "train/loss" if stage == "train" else '"start"'
     while not any(started in path.read_text() for path in (clone / ".resume").glob("*/journal.jsonl")):
         assert process.poll() is None
@@ -173,7 +173,7 @@ def test_a_full_disk_says_so_and_the_last_good_state_serves(clone: Path) -> None
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", resume], capture_output=True, check=False).returncode:
         pytest.skip("no right to mount a small file system")
     try:
-        process = start(clone, "src/train.py")
+        process = start(clone, "python", "src/train.py")
         while not list(resume.glob("*/state-*.pt")):
             assert process.poll() is None
             time.sleep(0.01)

@@ -3,7 +3,6 @@
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch) -> Path:
 
 def preset(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """What the command does. Its imports take seconds, so only the tests of the command itself use it."""
-    command = [sys.executable, ROOT / "src/preset.py", *arguments]
+    command = ["python", ROOT / "src/preset.py", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 

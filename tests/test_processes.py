@@ -1,7 +1,4 @@
-"""The stages by several processes, some of them lost.
-
-One clone serves all tests of this file, in order: the last needs the model that the ones before it train.
-"""
+"""The stages by several processes, some of them lost."""
 
 import re
 import signal
@@ -15,17 +12,19 @@ import mlflow
 import psutil
 import pytest
 
+import warm
 from clones import edit_params
 from ddpm.training.state import load_state
-from helpers import ENVIRONMENT, mlflow_runs, start
+from helpers import ENVIRONMENT, copied, mlflow_runs, start
 
 pytestmark = pytest.mark.pipeline
 STEPS = 200  # of that run
+WARM_WORKERS = {"PYTHON_EXEC": str(warm.FOLDER / "python")}  # with which torchrun starts its workers
 
 
-@pytest.fixture(scope="module")
-def clone(coloured_run: Path) -> Path:
-    return coloured_run
+@pytest.fixture
+def clone(tmp_path: Path, coloured_run: Path) -> Path:
+    return copied(coloured_run, tmp_path)
 
 
 def after_a_state(process: subprocess.Popen, clone: Path) -> list[psutil.Process]:
@@ -74,7 +73,8 @@ def test_whatever_ends_one_process_ends_all_and_the_same_command_goes_on(clone: 
         ("launcher", signal.SIGKILL, -signal.SIGKILL, None),
         ("launcher", signal.SIGTERM, 128 + signal.SIGTERM, f"Stopped. {RESUME}"),
     ):
-        process = start(clone, "src/train.py")
+        # Who kills the launcher wants to see that its own child processes end, and not those of a server.
+        process = start(clone, sys.executable, "src/train.py", **({} if told is None else WARM_WORKERS))
         workers = after_a_state(process, clone)
         (process if victim == "launcher" else workers[victim]).send_signal(number)
         ended = time.monotonic()
@@ -91,7 +91,7 @@ def test_whatever_ends_one_process_ends_all_and_the_same_command_goes_on(clone: 
         run_id, reached = training.info.run_id, max(load_state(f)["step"] for f in clone.glob(".resume/*/") if load_state(f))
 
     edit_params(clone, {"runtime": {"processes": 1}})
-    process = start(clone, "src/train.py")
+    process = start(clone, "python", "src/train.py")
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert first_step(errors) == reached
@@ -103,7 +103,7 @@ def test_whatever_ends_one_process_ends_all_and_the_same_command_goes_on(clone: 
 def test_torchrun_restarts_what_was_lost(clone: Path) -> None:
     edit_params(clone, {"train": {"seed": 2}})
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    process = start(clone, *launcher, "src/train.py")
+    process = start(clone, sys.executable, *launcher, "src/train.py", **WARM_WORKERS)
     after_a_state(process, clone)[1].kill()
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -114,16 +114,12 @@ def test_torchrun_restarts_what_was_lost(clone: Path) -> None:
 
 
 def test_what_is_wrong_is_told_once(clone: Path) -> None:
-    before = (clone / "params.yaml").read_text()
     edit_params(clone, {"runtime": {"processes": 2, "require_mlflow": True}})
-    environment = ENVIRONMENT | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
-    done = subprocess.run(
-        [sys.executable, "src/train.py"], cwd=clone, env=environment, capture_output=True, text=True, check=False
-    )
+    environment = ENVIRONMENT | WARM_WORKERS | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    done = subprocess.run(["python", "src/train.py"], cwd=clone, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     mend = "fix the connection, or set runtime.require_mlflow: false"
     assert done.stderr == f"error: MLflow at http://127.0.0.1:9: Connection refused; {mend}\n"
-    (clone / "params.yaml").write_text(before)
 
 
 def test_two_processes_draw_and_judge_the_same(clone: Path) -> None:
@@ -134,8 +130,8 @@ def test_two_processes_draw_and_judge_the_same(clone: Path) -> None:
         for features in (clone / ".cache").glob("features-*"):
             features.unlink()
         for stage in ("sample", "evaluate"):
-            command = [sys.executable, f"src/{stage}.py"]
-            environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+            command = ["python", f"src/{stage}.py"]
+            environment = {**ENVIRONMENT, **WARM_WORKERS, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
         outputs = ("samples.npz", "denoising.gif", "generated_samples.png", "metrics/evaluate.json", "nearest_neighbours.png")

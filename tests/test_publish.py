@@ -24,7 +24,7 @@ pytestmark = pytest.mark.pipeline
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, fashion_mnist) -> Path:
+def made(tmp_path_factory, fashion_mnist, real_features) -> Path:
     """What the command makes of the smoke preset; it is stopped once while it trains, and started again."""
     folder = tmp_path_factory.mktemp("publish")
     repository, out, absent = folder / "repository", folder / "out", folder / "absent"
@@ -45,6 +45,10 @@ def made(tmp_path_factory, fashion_mnist) -> Path:
     assert stopped.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in errors
     assert not out.exists()
+    (work,) = repository.glob(".cache/publish-*/")
+    for file in real_features:
+        (work / ".cache").mkdir(exist_ok=True)
+        shutil.copy(file, work / ".cache")
     done = subprocess.run(command, capture_output=True, check=False, **options)
     assert done.returncode == 0, done.stderr
     assert "| smoke, n = 100 |" in done.stdout
@@ -113,7 +117,7 @@ def test_the_journals_are_of_three_runs_without_the_model(made):
 
 def test_a_checkout_takes_it(made, tmp_path):
     publish.copy(ROOT, tmp_path)
-    take = [sys.executable, "release/publish.py", "take", made]
+    take = ["python", "release/publish.py", "take", made]
     done = subprocess.run(take, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "not measured yet: `python bench/run.py --full guidance classes cas` does it"
     assert "Ankle boot" not in (tmp_path / "docs/RESULTS.md").read_text()  # what is told of classes was another model's
@@ -121,14 +125,14 @@ def test_a_checkout_takes_it(made, tmp_path):
     assert card["sha256"] == file_sha256(tmp_path / "models/pretrained/fashion_ddpm.pth")
     assert card["sha256"] in (tmp_path / "models/pretrained/README.md").read_text()
     assert "| smoke, n = 100 |" in (tmp_path / "docs/RESULTS.md").read_text()
-    subprocess.run([sys.executable, "src/demo.py", "Bag"], cwd=tmp_path, capture_output=True, check=True)
+    subprocess.run(["python", "src/demo.py", "Bag"], cwd=tmp_path, capture_output=True, check=True)
 
     damaged = tmp_path / "damaged"
     shutil.copytree(made, damaged)
     content = (damaged / "fashion_ddpm.pth").read_bytes()
     (damaged / "fashion_ddpm.pth").write_bytes(content[:-1])
     done = subprocess.run(
-        [sys.executable, "release/publish.py", "take", damaged], cwd=tmp_path, capture_output=True, text=True, check=False
+        ["python", "release/publish.py", "take", damaged], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"error: {damaged}/fashion_ddpm.pth: not the file that ")

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -84,7 +83,7 @@ def server(random_model):
 
 def serve(*arguments: str) -> tuple[int, subprocess.Popen]:
     port = free_port()
-    command = [sys.executable, "src/serve.py", *arguments, "--port", str(port)]
+    command = ["python", "src/serve.py", *arguments, "--port", str(port)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
@@ -206,7 +205,7 @@ def test_eight_clients_at_once_get_what_each_would_get_alone(server):
     ],
 )
 def test_it_does_not_start_without_a_model(arguments, message):
-    command = [sys.executable, "src/serve.py", *arguments, "--port", str(free_port())]
+    command = ["python", "src/serve.py", *arguments, "--port", str(free_port())]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, message)
 
@@ -214,7 +213,7 @@ def test_it_does_not_start_without_a_model(arguments, message):
 def test_a_taken_port_is_told(server, random_model):
     port = int(server.rpartition(":")[2])
     done = subprocess.run(
-        [sys.executable, "src/serve.py", str(random_model), "--port", str(port)],
+        ["python", "src/serve.py", str(random_model), "--port", str(port)],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1

@@ -21,7 +21,7 @@ import crash
 from ddpm.errors import UserError
 from ddpm.files import file_sha256
 from ddpm.tracking.run import ship
-from helpers import ENVIRONMENT, ROOT, Server, artifacts, free_port, python, run, runs, stages_run
+from helpers import ENVIRONMENT, ROOT, Server, artifacts, copied, free_port, python, run, runs, stages_run
 
 SECTION = (ROOT / "docs/OPERATIONS.md").read_text().partition("## A team's stores")[2]
 POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name), default=None)
@@ -212,7 +212,7 @@ def test_strangers_are_refused_and_told_and_what_they_did_ships_later(server: Se
 def test_make_ui_says_where_the_teams_runs_are(server: Server, client) -> None:
     def ui(address: str, **user: str) -> subprocess.CompletedProcess:
         environment = ENVIRONMENT | {"MLFLOW_TRACKING_URI": address} | user
-        return subprocess.run([sys.executable, "src/ui.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
+        return subprocess.run(["python", "src/ui.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
 
     number = client.get_experiment_by_name("fashion-mnist-ddpm").experiment_id
     page = f"{server.address}/#/experiments/{number}/runs?workflowType=machine_learning\n"
@@ -256,7 +256,7 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]
 @needs_sshd
 @pytest.mark.pipeline
 def test_another_machine_pulls_what_was_pushed_and_has_nothing_to_do(smoke_run: Path, sshd: tuple[int, Path], tmp_path: Path):
-    port, key = sshd
+    smoke_run, (port, key) = copied(smoke_run, tmp_path), sshd
     remote, other, model = tmp_path / "remote", tmp_path / "other", "models/diffusion_model.pth"
 
     def add_remote(clone: Path) -> None:

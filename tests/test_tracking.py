@@ -499,7 +499,7 @@ def test_a_run_lost_before_it_had_a_journal_leaves_none(tmp_path):
     ],
 )
 def test_shipping_what_is_no_journal(path, message):
-    command = [sys.executable, "src/ship.py", path]
+    command = ["python", "src/ship.py", path]
     done = subprocess.run(command, cwd=ROOT, env=TRACKING_ENVIRONMENT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, f"error: {message}\n")
 
@@ -614,7 +614,7 @@ def test_an_unreachable_server_delays_nothing_and_gets_everything_later(root, of
         runs_module.ship(Path(folder), root)
 
     with Server(address, tmp_path, copied(root / "mlflow.db", tmp_path)):
-        command = [sys.executable, script, folder]
+        command = ["python", script, folder]
         shipped = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
         assert shipped.returncode == 0, shipped.stderr
         assert shipped.stdout.endswith(f"sent to MLflow at {address}\n")

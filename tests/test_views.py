@@ -1,13 +1,11 @@
-"""What a user sees of experiments: the comparison, MLflow's UI in a real browser, the report, the served champion.
-
-One clone serves all: the smoke preset, and two experiments that began with it.
-"""
+"""What a user sees of experiments: the comparison, MLflow's UI in a real browser, the report, the served champion."""
 
 import base64
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,15 +21,16 @@ from PIL import Image
 
 import browser
 from ddpm.data.fashion_mnist import CLASSES
-from helpers import ENVIRONMENT, free_port, mlflow_runs, run
+from helpers import ENVIRONMENT, copied, free_port, mlflow_runs, run
 
 pytestmark = pytest.mark.pipeline
 needs_chromium = pytest.mark.skipif(not browser.CHROMIUM.exists(), reason="needs Debian's package chromium")
 
 
 @pytest.fixture(scope="module")
-def clone(smoke_run: Path) -> Path:
-    clone = smoke_run
+def clone(tmp_path_factory: pytest.TempPathFactory, smoke_run: Path) -> Path:
+    """The smoke preset, and two experiments that began with it."""
+    clone = copied(smoke_run, tmp_path_factory.mktemp("views"))
     run(clone, "dvc", "exp", "run", "--temp", "-n", "few-steps", "-S", "sample.steps=3")
     run(clone, "dvc", "exp", "run", "--temp", "-n", "sigmoid", "-S", "train.diffusion.schedule=sigmoid", "-S", "train.steps=90")
     return clone
@@ -64,7 +63,7 @@ def test_temporary_experiments_land_in_the_main_store(clone: Path, shown: dict) 
 
 
 def test_the_comparison_has_them_all_the_best_first(clone: Path, shown: dict) -> None:
-    lines = run(clone, sys.executable, "src/compare.py").splitlines()
+    lines = run(clone, sys.executable, "src/compare.py").splitlines()  # a real start
     assert max(map(len, lines)) <= 100
     rows = [line.split() for line in lines if re.search(r"\d\.\d{4}", line)]
     by_fid = sorted(shown, key=lambda name: fid(shown[name]))
@@ -84,15 +83,13 @@ def test_the_comparison_has_them_all_the_best_first(clone: Path, shown: dict) ->
 
 def test_from_an_experiment_to_its_mlflow_run_and_back(clone: Path) -> None:
     judged = named(clone, "evaluate", "few-steps")
-    there = run(clone, sys.executable, "src/compare.py", "few-steps")
+    there = run(clone, "python", "src/compare.py", "few-steps")
     assert judged.info.run_id in there
     for name in (judged.info.run_id, judged.info.run_name, "evaluate few-steps"):
-        back = run(clone, sys.executable, "src/compare.py", name)
+        back = run(clone, "python", "src/compare.py", name)
         assert back == there
         assert "`dvc exp apply few-steps`" in back
-    failed = subprocess.run(
-        [sys.executable, "src/compare.py", "nobody"], cwd=clone, env=ENVIRONMENT, capture_output=True, text=True
-    )
+    failed = subprocess.run(["python", "src/compare.py", "nobody"], cwd=clone, env=ENVIRONMENT, capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr == "error: no finished experiment or evaluation is called nobody; `make compare` lists them\n"
 
@@ -221,9 +218,9 @@ def test_the_ui_shows_runs_children_charts_and_grids(clone: Path, ui: str) -> No
 
 
 @pytest.fixture(scope="module")
-def report(clone: Path) -> Path:
+def report(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(clone, sys.executable, "src/report.py")
-    return clone / "output/report.html"
+    return Path(shutil.copy(clone / "output/report.html", tmp_path_factory.mktemp("report")))
 
 
 def test_the_report_has_their_figures_and_takes_nothing_from_elsewhere(report: Path, shown: dict) -> None:
@@ -256,9 +253,9 @@ def test_the_report_is_whole_without_a_network(report: Path, scheme: str, width:
         assert faults == []
 
 
-def test_the_report_of_chosen_experiments(clone: Path, report: Path) -> None:
-    assert run(clone, sys.executable, "src/report.py", "few-steps").strip() == "output/report.html: few-steps"
-    assert report.read_text().count("<figure>") == 3 + 4
-    failed = subprocess.run([sys.executable, "src/report.py", "x"], cwd=clone, env=ENVIRONMENT, capture_output=True, text=True)
+def test_the_report_of_chosen_experiments(clone: Path) -> None:
+    assert run(clone, "python", "src/report.py", "few-steps").strip() == "output/report.html: few-steps"
+    assert (clone / "output/report.html").read_text().count("<figure>") == 3 + 4
+    failed = subprocess.run(["python", "src/report.py", "x"], cwd=clone, env=ENVIRONMENT, capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr == "error: no finished experiment is called x; `make compare` lists them\n"
