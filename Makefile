@@ -5,20 +5,23 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: setup repro test lint bench compare report ui serve demo help
+.PHONY: setup repro test test-fast lint bench compare report ui serve demo help
 .DEFAULT_GOAL := help
 
 help:  ## these targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 setup: $(VENV)/.runtime  ## the virtual environment with the pinned packages
 
 repro: $(VENV)/.runtime  ## download, train, sample and evaluate, as far as something changed
 	dvc repro
 
-# A thread a process: two processes with two each would take turns on two cores, and longer.
+# One thread per process: two processes with two threads each would take turns on two cores, and take longer.
 test: $(VENV)/.dev  ## all tests
-	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 4
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile
+
+test-fast: $(VENV)/.dev  ## the tests that start no stage, server or browser, in a minute or so
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto -m "not slow"
 
 lint: $(VENV)/.dev  ## style, mistakes and types
 	ruff check .

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -147,6 +148,7 @@ def drawn(model: Path, sampling: SampleParams, count: int, **changes: object) ->
     return torch.cat(images), torch.cat(labels)
 
 
+@cache
 def published(count: int, quick: bool = False, **changes: object) -> tuple[Tensor, Tensor]:
     """The same of the model that comes with the repository, as its card says but for these changes.
 

@@ -39,6 +39,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(Path(os.environ["WARM_SERVER"]).parent)
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, because some tests wait for servers."""
+    return min(4, (os.cpu_count() or 1) + 1)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: n for n, name in enumerate(LONGEST)}

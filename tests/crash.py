@@ -31,7 +31,7 @@ STAGES = ("download", "train", "sample", "evaluate")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)  # SIGKILL twice as often
 AGAIN = 0.3  # the probability that a run that was killed is killed again
 FOLDERS = ("data", "models", "output")
-FORCED = ("dvc", "repro", "--force", "--single-item")
+FORCED = (str(Path(sys.executable).with_name("dvc")), "repro", "--force", "--single-item")
 
 
 @dataclass

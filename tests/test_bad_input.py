@@ -22,6 +22,8 @@ from ddpm.checkpoint import save_checkpoint
 from ddpm.data.fashion_mnist import FILES
 from ddpm.diffusion.unet import UNet
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 RAW, MODEL, SAMPLES = Path("data/FashionMNIST/raw"), Path("models/diffusion_model.pth"), Path("output/samples.npz")
 UNET = {"patch_size": 2, "channels": [8, 16], "blocks": 1, "attention": [], "heads": 2, "dropout": 0.0}

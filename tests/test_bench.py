@@ -26,12 +26,13 @@ def batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(n, *SHAPE, generator=g) * 2 - 1, torch.randint(NULL_CLASS, (n,), generator=g)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Ours, lambda: Ours(conditional=False), *PEERS])
 def test_a_contender_learns_and_samples(make):
     torch.manual_seed(0)
     contender: Contender = make()
     contender.start(CPU)
-    images, labels = batch(16)
+    images, labels = batch(4)
     weights = [w.detach().clone() for w in contender.model.parameters()]
     averages = [w.detach().clone() for w in contender.ema.parameters()]
     losses = []
@@ -51,9 +52,9 @@ def test_a_contender_learns_and_samples(make):
         return forward(x, *arguments, **options)
 
     network.forward = counted
-    drawn = contender.draw(10, 4)
-    assert sum(evaluated) == 10 * 4
-    assert drawn.shape == (10, 28, 28) and drawn.dtype == torch.uint8
+    drawn = contender.draw(4, 4)
+    assert sum(evaluated) == 4 * 4
+    assert drawn.shape == (4, 28, 28) and drawn.dtype == torch.uint8
 
 
 def test_time_to_quality_goes_on_at_the_turn_it_was_in(fashion_mnist, monkeypatch, tmp_path):
@@ -172,6 +173,7 @@ def test_a_page_has_places_for_parts_alone_and_shows_the_pictures_that_are_there
         assert [path for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) if not (page.parent / path).exists()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["guidance", "classes", "cas"])
 def test_the_published_model_is_measured(part, fashion_mnist, monkeypatch):
     """In the short form; `load_split` takes what there is in place of what a default run leaves."""

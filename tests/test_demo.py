@@ -56,6 +56,7 @@ def test_the_card_is_of_this_file():
     assert CARD["metrics"]["fid"] == pytest.approx(CARD["metrics_as_trained"]["fid"], rel=0.02)  # half precision costs nothing
 
 
+@pytest.mark.slow
 def test_it_draws_what_it_is_asked_for():
     """By the evaluator, as often as the card says, but for the luck of 100 draws of half as many steps."""
     images, labels = published(100, seed=7, steps=CARD["params"]["sample"]["steps"] // 2)
@@ -63,6 +64,7 @@ def test_it_draws_what_it_is_asked_for():
     assert (predicted == labels).float().mean() > CARD["metrics"]["class_accuracy"] - 0.07
 
 
+@pytest.mark.slow
 def test_the_demo_draws_a_grid_and_an_animation(folder):
     done = demo(folder)
     assert done.returncode == 0, done.stderr
@@ -89,6 +91,7 @@ def test_the_demo_draws_a_grid_and_an_animation(folder):
     assert (folder / "output/demo.png").read_bytes() != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -114,6 +117,7 @@ def test_a_damaged_card_is_told_in_a_line(folder, content, monkeypatch):
         pretrained.pretrained_sampling()
 
 
+@pytest.mark.slow
 def test_the_sampling_stage_takes_it(folder):
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["sample"] |= {"count": 20, "steps": STEPS}
@@ -126,6 +130,7 @@ def test_the_sampling_stage_takes_it(folder):
     assert samples["images"].std() > 50
 
 
+@pytest.mark.slow
 def test_its_runs_go_into_a_store_once(tmp_path):
     from mlflow import MlflowClient
 

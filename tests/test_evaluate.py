@@ -198,6 +198,7 @@ def test_augmentation_shifts_mirrors_and_erases_a_square():
     assert erased == pytest.approx(100 / 28**2, abs=0.04)
 
 
+@pytest.mark.slow
 def test_turns_are_learned_of_images_that_are_their_own_mirror_images(monkeypatch):
     """Wedges that widen downwards: mirroring after a quarter turn would make it the other quarter turn."""
     monkeypatch.setattr(classifier_training, "RECIPE", classifier_training.RECIPE | {"epochs": 6, "batch_size": 50})

@@ -7,6 +7,8 @@ import pytest
 
 import experiments
 
+pytestmark = pytest.mark.slow
+
 STAGE = """
 import json, yaml
 p = yaml.safe_load(open("params.yaml"))

@@ -37,6 +37,7 @@ def test_the_committed_weights_are_those_of_their_card():
     assert file_sha256(CLASSIFIER) == CARD["sha256"]
 
 
+@pytest.mark.slow
 def test_accuracy_on_the_test_set(classifier, fashion_mnist):
     images, labels = load_split(fashion_mnist, "test")
     features, predicted = extract(classifier, images, CPU)

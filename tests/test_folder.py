@@ -259,6 +259,7 @@ print(f"trained on {data.images.nbytes >> 30} GiB")
 """
 
 
+@pytest.mark.slow
 def test_a_set_larger_than_memory_trains(workspace):
     """Six GiB that take no room on the disk, in a process that may have three."""
     raw, count = workspace / "data/huge/raw", (6 << 30) // 784
@@ -275,7 +276,7 @@ def test_a_set_larger_than_memory_trains(workspace):
     assert done.stdout.splitlines() == ["it would not fit", "trained on 5 GiB"]
 
 
-@pytest.mark.pipeline
+@pytest.mark.slow
 def test_a_folder_of_coloured_images_through_the_whole_pipeline(coloured_run, tmp_path):
     clone = copied(coloured_run, tmp_path)
     samples = np.load(clone / "output/samples.npz")

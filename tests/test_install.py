@@ -126,6 +126,7 @@ def index(tmp_path) -> Iterator[tuple[str, list[str]]]:
         server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("uv") is None, reason="needs uv")
 def test_packages_come_from_the_mirror_that_pip_is_configured_with(tmp_path, index):
     """PyTorch's own index lacks this version, whether it can be reached or not: the mirror's build is taken, with a line."""

@@ -21,7 +21,7 @@ from clones import edit_params
 from ddpm.training.state import load_state
 from helpers import copied, mlflow_runs, run, stages_run, start
 
-pytestmark = pytest.mark.pipeline
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

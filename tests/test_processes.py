@@ -17,9 +17,9 @@ from clones import edit_params
 from ddpm.training.state import load_state
 from helpers import ENVIRONMENT, copied, mlflow_runs, start
 
-pytestmark = pytest.mark.pipeline
+pytestmark = pytest.mark.slow
 STEPS = 200  # of that run
-WARM_WORKERS = {"PYTHON_EXEC": str(warm.FOLDER / "python")}  # with which torchrun starts its workers
+WARM_WORKERS = {"WARM_EXECUTABLE": str(warm.FOLDER / "python")}
 
 
 @pytest.fixture
@@ -41,8 +41,11 @@ def after_a_state(process: subprocess.Popen, clone: Path) -> list[psutil.Process
     while newest() == before:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    children = psutil.Process(process.pid).children(recursive=True)
-    workers = {w.environ()["RANK"]: w for w in children if "src/train.py" in w.cmdline()}
+    workers = {}
+    for worker in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if "src/train.py" in worker.cmdline() and worker.cwd() == str(clone) and "RANK" in worker.environ():
+                workers[worker.environ()["RANK"]] = worker
     return [workers["0"], workers["1"]]
 
 
@@ -73,8 +76,10 @@ def test_whatever_ends_one_process_ends_all_and_the_same_command_goes_on(clone: 
         ("launcher", signal.SIGKILL, -signal.SIGKILL, None),
         ("launcher", signal.SIGTERM, 128 + signal.SIGTERM, f"Stopped. {RESUME}"),
     ):
-        # Who kills the launcher wants to see that its own child processes end, and not those of a server.
-        process = start(clone, sys.executable, "src/train.py", **({} if told is None else WARM_WORKERS))
+        if told is None:  # the launcher can only be seen to take its own child processes with it
+            process = start(clone, sys.executable, "src/train.py")
+        else:
+            process = start(clone, "python", "src/train.py", **WARM_WORKERS)
         workers = after_a_state(process, clone)
         (process if victim == "launcher" else workers[victim]).send_signal(number)
         ended = time.monotonic()
@@ -103,7 +108,7 @@ def test_whatever_ends_one_process_ends_all_and_the_same_command_goes_on(clone: 
 def test_torchrun_restarts_what_was_lost(clone: Path) -> None:
     edit_params(clone, {"train": {"seed": 2}})
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    process = start(clone, sys.executable, *launcher, "src/train.py", **WARM_WORKERS)
+    process = start(clone, "python", *launcher, "src/train.py", **WARM_WORKERS)
     after_a_state(process, clone)[1].kill()
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors

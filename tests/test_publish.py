@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -15,12 +14,13 @@ import pytest
 import torch
 
 import publish
+import warm
 from ddpm.files import file_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 ABSENT = ("dvc", "mlflow", "ruamel", "fastapi", "diffusers", "denoising_diffusion_pytorch", "smalldiffusion")
 
-pytestmark = pytest.mark.pipeline
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def made(tmp_path_factory, fashion_mnist, real_features) -> Path:
     for name in ABSENT:
         (absent / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name='{name}')\n")
     publish.copy(ROOT, repository)
-    command = [sys.executable, "release/publish.py", "make", out, "--preset", "smoke", "--count", "100", "--data", fashion_mnist]
-    environment = {**os.environ, "PYTHONPATH": str(absent)}
+    command = ["python", "release/publish.py", "make", out, "--preset", "smoke", "--count", "100", "--data", fashion_mnist]
+    environment = {**os.environ, "PYTHONPATH": str(absent), "WARM_EXECUTABLE": str(warm.FOLDER / "python")}
 
     options = {"cwd": repository, "env": environment, "text": True}
     stopped = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)

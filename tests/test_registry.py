@@ -12,6 +12,8 @@ from ddpm.tracking.connection import tracking_uri
 from ddpm.tracking.registry import CHAMPION, MODEL_NAME, champion
 from ddpm.tracking.run import start_run
 
+pytestmark = pytest.mark.slow
+
 SAMPLING = {
     "sampler": "dpmpp_2m", "steps": 7, "spacing": "tapered", "eta": 0.0, "variance": "small", "clip": True,
     "guidance_scale": 1.5, "classes": "all", "count": 1000, "seed": 3,

@@ -23,6 +23,8 @@ from ddpm.sampling.pipeline import Pipeline
 from ddpm.serving.requests import Request, class_numbers, respond
 from helpers import free_port
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLING = load_params(ROOT / "params.yaml").sample
 REMEDY = "`dvc repro train` makes models/diffusion_model.pth"

@@ -26,6 +26,7 @@ from helpers import ENVIRONMENT, ROOT, Server, artifacts, copied, free_port, pyt
 SECTION = (ROOT / "docs/OPERATIONS.md").read_text().partition("## A team's stores")[2]
 POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name), default=None)
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+pytestmark = pytest.mark.slow
 needs_postgres = pytest.mark.skipif(POSTGRES is None, reason="needs Debian's package postgresql")
 needs_sshd = pytest.mark.skipif(SSHD is None, reason="needs Debian's package openssh-server")
 
@@ -254,7 +255,6 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]
 
 
 @needs_sshd
-@pytest.mark.pipeline
 def test_another_machine_pulls_what_was_pushed_and_has_nothing_to_do(smoke_run: Path, sshd: tuple[int, Path], tmp_path: Path):
     smoke_run, (port, key) = copied(smoke_run, tmp_path), sshd
     remote, other, model = tmp_path / "remote", tmp_path / "other", "models/diffusion_model.pth"

@@ -32,6 +32,8 @@ from ddpm.tracking.journal import Journal
 from ddpm.tracking.run import Run
 from helpers import TRACKING_ENVIRONMENT, TRACKING_VARIABLES, Server, artifacts, free_port, picture, python, runs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -23,7 +23,7 @@ import browser
 from ddpm.data.fashion_mnist import CLASSES
 from helpers import ENVIRONMENT, copied, free_port, mlflow_runs, run
 
-pytestmark = pytest.mark.pipeline
+pytestmark = pytest.mark.slow
 needs_chromium = pytest.mark.skipif(not browser.CHROMIUM.exists(), reason="needs Debian's package chromium")
 
 

@@ -1,4 +1,4 @@
-"""`python` for a test's commands: see server.py. For anything but a script, such as `-m` or `-c`, the real interpreter runs."""
+"""`python` for a test's commands: see server.py. What is neither a script nor one of MODULES, the real interpreter runs."""
 
 import json
 import os
@@ -7,16 +7,21 @@ import socket
 import struct
 import sys
 
+MODULES = ("dvc", "torch.distributed.run")
+
 interpreter, arguments = os.environ["WARM_INTERPRETER"], sys.argv[1:]
-script = arguments[1:] if arguments[:1] == ["-u"] else arguments  # as torchrun starts its workers
-if not (script and script[0].endswith(".py") and hasattr(os, "pidfd_open")):
-    os.execv(interpreter, [interpreter, *arguments])
+if arguments[:1] == ["-u"]:  # as torchrun starts its workers
+    del arguments[0]
+is_script = arguments and arguments[0].endswith(".py")
+is_module = arguments[:1] == ["-m"] and arguments[1] in MODULES
+if not ((is_script or is_module) and hasattr(os, "pidfd_open")):
+    os.execv(interpreter, [interpreter, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX)
 server.connect(os.environ["WARM_SERVER"])
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, lambda number, _: server.send(bytes([number])))
 folder = os.getcwd()  # noqa: PTH109 -- pathlib takes longer to import
-request = {"arguments": script, "folder": folder, "environment": dict(os.environ)}
+request = {"arguments": arguments, "folder": folder, "environment": dict(os.environ)}
 content = json.dumps(request).encode()
 socket.send_fds(server, [struct.pack("!I", len(content))], [0, 1, 2])
 server.sendall(content)

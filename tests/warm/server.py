@@ -29,6 +29,7 @@ from typing import NoReturn
 PACKAGES = (
     *("torch", "torch._dynamo", "torchmetrics.image.fid", "torchmetrics.image.kid"),
     *("mlflow", "mlflow.store.tracking.sqlalchemy_store", "mlflow.pyfunc", "pandas"),
+    *("torch.distributed.run", "dvc.cli", "dvc.commands.repro", "dvc.repo.experiments.queue.celery"),
     *("PIL.Image", "pydantic", "filelock", "psutil", "requests", "rich.table", "ruamel.yaml", "tqdm", "yaml"),
 )
 
@@ -43,10 +44,19 @@ def run(request: dict, streams: list[int]) -> None:
     os.environ.update(request["environment"])
     if threads := os.environ.get("OMP_NUM_THREADS"):
         sys.modules["torch"].set_num_threads(int(threads))  # PyTorch reads the variable only when it is imported
-    script, *_ = sys.argv = request["arguments"]
+    sys.executable = os.environ.get("WARM_EXECUTABLE", sys.executable)  # with which the script starts others
     more = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    sys.path[:1] = [str(Path(script).resolve().parent), *more]
-    runpy.run_path(script, run_name="__main__")
+    shadowed = {file.stem for path in more for file in Path(path).glob("*.py")}
+    for name in [name for name in sys.modules if name.partition(".")[0] in shadowed]:
+        del sys.modules[name]
+    sys.argv = request["arguments"]
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        sys.path[:1] = ["", *more]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[:1] = [str(Path(sys.argv[0]).resolve().parent), *more]
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def exit_after(work: Callable, *arguments: object) -> NoReturn:
