@@ -9,7 +9,7 @@ from measure import published, table
 
 
 def run(full: bool) -> dict:
-    count, tested = (10_000, 10_000) if full else (200, 1000)
+    count, tested = (10_000, 10_000) if full else (100, 1000)
     raw = ROOT / "data/FashionMNIST/raw"
     images, labels = load_split(raw, "train")
     test_images, test_labels = load_split(raw, "test")

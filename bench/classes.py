@@ -14,7 +14,7 @@ SHOWN = 10
 
 
 def run(full: bool) -> dict:
-    of_each, raw, classifier, device = (1000 if full else 20), ROOT / "data/FashionMNIST/raw", evaluator(), torch.device("cpu")
+    of_each, raw, classifier, device = (1000 if full else 10), ROOT / "data/FashionMNIST/raw", evaluator(), torch.device("cpu")
     (train, train_labels), (test, test_labels) = load_split(raw, "train"), load_split(raw, "test")
     images, labels = published(of_each * len(CLASSES), quick=not full)
     features, predicted = extract(classifier, images, device)

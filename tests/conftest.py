@@ -24,8 +24,11 @@ from helpers import COLD, CPU, commit, run, stages_run
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache"  # what is in it serves the next time too
-# `make test` runs a process a core, and all tests of a file in one of them. What takes longest begins first.
-LONGEST = ("test_pipeline", "test_publish", "test_processes", "test_views", "test_tracking", "test_team", "test_bench")
+# `make test` runs all tests of a file in one process, of a few. The files that take longest come first.
+LONGEST = (
+    *("pipeline", "processes", "publish", "views", "tracking", "team", "bench", "demo", "distributed", "experiments"),
+    *("training", "registry", "samplers", "data", "metrics", "features", "folder", "evaluate", "install"),
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,7 +50,7 @@ def pytest_xdist_auto_num_workers() -> int:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: n for n, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
 
 
 def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
@@ -57,6 +60,7 @@ def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Pa
     folder, made = base / name, base / f"{name}.made"
     with FileLock(base / f"{name}.lock"):
         if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # a failed attempt
             folder.mkdir()
             make(folder)
             made.touch()
@@ -66,6 +70,7 @@ def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Pa
 @pytest.fixture(scope="session")
 def fashion_mnist(tmp_path_factory) -> Path:
     """A folder with Fashion-MNIST's four unpacked files, to read only."""
+    CACHE.mkdir(exist_ok=True)
     with FileLock(CACHE / "tests.lock"):
         download(tmp_path_factory.mktemp("raw"), CACHE)
     return CACHE

@@ -4,7 +4,6 @@ import gzip
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -271,7 +270,8 @@ def test_a_set_larger_than_memory_trains(workspace):
                 file.truncate(len(header) + int(np.prod(shape)))
     (raw / "classes.txt").write_text("black\n")
     here = {**environment(), "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
-    done = subprocess.run([sys.executable, "-c", LIMITED], env=here, capture_output=True, text=True, check=False)
+    (workspace / "limited.py").write_text(LIMITED)
+    done = subprocess.run(["python", "limited.py"], env=here, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["it would not fit", "trained on 5 GiB"]
 
