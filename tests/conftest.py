@@ -1,6 +1,5 @@
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,7 +124,7 @@ def coloured_run(tmp_path_factory) -> Path:
         }
         edit_params(clone, changes)
         run(clone, "dvc", "repro", "download")
-        run(clone, sys.executable, "src/train_classifier.py", "--out", "models/classifier-colours.pth")
+        run(clone, "python", "src/train_classifier.py", "--out", "models/classifier-colours.pth")
         assert stages_run(run(clone, "dvc", "repro")) == ["train", "sample", "evaluate"]
 
     return once(tmp_path_factory, "coloured", make) / "clone"
