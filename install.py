@@ -70,7 +70,7 @@ def download(lock: dict) -> str:
         if any(file.get("url", "").startswith("file:") or "path" in file for file in files):
             local += 1
         elif known:
-            sizes.append(min(known))
+            sizes.append(max(known))
         else:
             unknown.append(package["name"])
     total = sum(sizes)
@@ -88,21 +88,26 @@ def download(lock: dict) -> str:
 def resolve(environment: dict[str, str]) -> None:
     """Write LOCK: the pinned versions, with PyTorch's build for this machine where its index can be reached."""
     compiled = ["compile", "--quiet", "pyproject.toml", "-c", "requirements.txt", "--format", "pylock.toml", "-o", LOCK]
-    backend = environment.get("UV_TORCH_BACKEND", "auto")
-    if uv(*compiled, "--torch-backend", backend, environment={**environment, **UNREACHABLE}, quiet=True):
+    if chosen := environment.pop("UV_TORCH_BACKEND", None):
+        run_uv(*compiled, "--torch-backend", chosen, environment=environment)
         return
-    print(f"PyTorch's own package index has no such build, or is unreachable (backend {backend}): ", end="")
-    print("installing the build of your package index", flush=True)
-    environment.pop("UV_TORCH_BACKEND", None)
-    if not uv(*compiled, environment=environment):
-        sys.exit(1)
+    tried = uv(*compiled, "--torch-backend", "auto", environment={**environment, **UNREACHABLE}, stderr=subprocess.PIPE)
+    if tried.returncode:
+        reason = (tried.stderr.strip().splitlines() or ["no reason given"])[-1].strip()
+        print(f"PyTorch's own package index can't be used ({reason}); installing the build of your package index", flush=True)
+        run_uv(*compiled, environment=environment)
 
 
-def uv(command: str, *arguments: object, environment: dict[str, str], quiet: bool = False) -> bool:
-    """Run `uv pip <command>` for the virtual environment. Returns whether it succeeded."""
+def run_uv(command: str, *arguments: object, environment: dict[str, str]) -> None:
+    """Run `uv pip <command>`. Ends the program if it fails; uv has said why."""
+    if status := uv(command, *arguments, environment=environment).returncode:
+        sys.exit(status)
+
+
+def uv(command: str, *arguments: object, environment: dict[str, str], stderr: int | None = None) -> subprocess.CompletedProcess:
+    """Run `uv pip <command>` for the virtual environment."""
     words = [VENV / "bin/uv", "pip", command, "--python", PYTHON, *arguments]
-    errors = subprocess.DEVNULL if quiet else None
-    return subprocess.run(words, cwd=ROOT, env=environment, stderr=errors, check=False).returncode == 0
+    return subprocess.run(words, cwd=ROOT, env=environment, stderr=stderr, text=True, check=False)
 
 
 def main() -> None:
@@ -128,8 +133,8 @@ def main() -> None:
 
         print(download(tomllib.loads(LOCK.read_text())), flush=True)
         wanted = ["-r", LOCK]
-    if not uv("install", *wanted, environment=environment):
-        sys.exit(1)
+    environment.pop("UV_TORCH_BACKEND", None)  # PyTorch's build is decided
+    run_uv("install", *wanted, environment=environment)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import crash  # which puts src/ and bench/ on the path
-import warm  # noqa: F401 -- which changes PATH
+import warm  # which changes PATH
 from clones import AS_SOMEBODY
 from ddpm.data.dataset import Dataset
 from ddpm.diffusion.process import Diffusion
@@ -80,7 +80,10 @@ def copied(source: Path, folder: Path) -> Path:
     clone = folder / "clone"
     shutil.copytree(source, clone, symlinks=True)
     with closing(sqlite3.connect(clone / "mlflow.db")) as store, store:
-        for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
+        for table, column in (
+            *(("runs", "artifact_uri"), ("experiments", "artifact_location"), ("logged_models", "artifact_location")),
+            *(("model_versions", "source"), ("model_versions", "storage_location")),
+        ):
             store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (source.as_uri(), clone.as_uri()))
     return clone
 
@@ -100,7 +103,7 @@ TRACKING_ENVIRONMENT = {name: value for name, value in os.environ.items() if nam
 
 
 def python(script: str, *arguments: object, **environment: str) -> subprocess.Popen:
-    path = Path(tempfile.mkdtemp()) / "script.py"
+    path = Path(tempfile.mkdtemp(dir=warm.SESSION)) / "script.py"
     path.write_text(script)
     command = ["python", path, *map(str, arguments)]
     return subprocess.Popen(

@@ -175,7 +175,7 @@ def test_a_page_has_places_for_parts_alone_and_shows_the_pictures_that_are_there
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["guidance", "classes", "cas"])
-def test_the_published_model_is_measured(part, fashion_mnist, monkeypatch):
+def test_the_published_model_is_measured(part, fashion_mnist, real_features, monkeypatch):
     """In the short form; `load_split` takes what there is in place of what a default run leaves."""
     module = PARTS[part]
     monkeypatch.setattr(module, "load_split", lambda _, split: load_split(fashion_mnist, split))

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = ["python", "src/demo.py", *arguments]
+def demo(folder: Path, *arguments: str, python: str = "python") -> subprocess.CompletedProcess:
+    command = [python, "src/demo.py", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
@@ -66,7 +67,7 @@ def test_it_draws_what_it_is_asked_for():
 
 @pytest.mark.slow
 def test_the_demo_draws_a_grid_and_an_animation(folder):
-    done = demo(folder)
+    done = demo(folder, python=sys.executable)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "output/demo.png and output/demo.gif, drawn by models/pretrained/fashion_ddpm.pth with seed 1\n"
     with Image.open(folder / "output/demo.png") as grid:
@@ -142,8 +143,8 @@ def test_its_runs_go_into_a_store_once(tmp_path):
         "MLFLOW_EXPERIMENT_NAME": "shipped",
     }
     client = MlflowClient(address)
-    for _ in range(2):
-        command = ["python", "src/ship.py", FOLDER / "runs.zip"]
+    for python in (sys.executable, "python"):
+        command = [python, "src/ship.py", FOLDER / "runs.zip"]
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
         experiment = client.get_experiment_by_name("shipped")
         runs = {r.data.tags["stage"]: r for r in client.search_runs([experiment.experiment_id])}

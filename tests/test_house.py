@@ -1,6 +1,7 @@
 """How the code is laid out: which part may import which, and that a stage's dependencies in dvc.yaml cover the code it runs."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -113,6 +114,12 @@ def test_the_mathematics_needs_torch_alone():
     for path in (path for path in MODULES if part_of(path) == "diffusion"):
         outside = {name.split(".")[0] for name in imported_names(path)}
         assert outside <= {"ddpm", "torch", "math", "hashlib", "collections", "typing", "dataclasses", "itertools"}, path
+
+
+@pytest.mark.parametrize("script", ["preset", "compare", "report", "ship", "ui"])
+def test_a_script_that_draws_nothing_starts_without_pytorch(script):
+    program = f"import sys; sys.path.insert(0, 'src'); import {script}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(SRC).as_posix())

@@ -88,11 +88,11 @@ def test_the_announcement_adds_up_what_will_be_downloaded():
     torch = package("torch", {"url": "https://x/a.whl", "size": 2_900_000_000}, {"url": "https://x/b.whl", "size": 3_000_000_000})
     source = {"name": "old", "version": "1", "sdist": {"url": "https://x/old.tar.gz", "size": 100_000_000}}
     assert install.download({"packages": [torch, source]}) == (
-        "Installing 2 packages with PyTorch 9.0: 3.0 GB to download at most, about 4 min at 100 Mbit/s"
+        "Installing 2 packages with PyTorch 9.0: 3.1 GB to download at most, about 4 min at 100 Mbit/s"
     )
     others = [package("near", {"url": "file:///x/near.whl"}), package("silent", {"url": "https://x/silent.whl"})]
     assert install.download({"packages": [torch, *others]}) == (
-        "Installing 3 packages with PyTorch 9.0: 2.9 GB to download at most, about 4 min at 100 Mbit/s; "
+        "Installing 3 packages with PyTorch 9.0: 3.0 GB to download at most, about 4 min at 100 Mbit/s; "
         "1 of them from this machine's disk; the index doesn't tell the size of silent"
     )
 
@@ -147,7 +147,8 @@ def test_packages_come_from_the_mirror_that_pip_is_configured_with(tmp_path, ind
     )
     assert done.returncode == 0, done.stderr
     unreachable, announced = done.stdout.splitlines()
-    assert unreachable.endswith("(backend auto): installing the build of your package index")
+    assert unreachable.startswith("PyTorch's own package index can't be used (")
+    assert unreachable.endswith("); installing the build of your package index")
     assert announced.startswith("Installing 2 packages with PyTorch 9.0: ")
     assert announced.endswith("the index doesn't tell the size of tiny, torch")
     for name in ("tiny", "torch"):

@@ -102,6 +102,7 @@ def test_whatever_ends_one_process_ends_all_and_the_same_command_goes_on(clone: 
 
 
 def test_torchrun_restarts_what_was_lost(clone: Path) -> None:
+    """What is killed is the client of tests/warm that torchrun started, whose script is killed with it."""
     edit_params(clone, {"train": {"seed": 2}})
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     process = start(clone, "python", *launcher, "src/train.py", WARM_EXECUTABLE=str(warm.FOLDER / "python"))

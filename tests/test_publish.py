@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -32,11 +33,11 @@ def made(tmp_path_factory, fashion_mnist, real_features) -> Path:
     for name in ABSENT:
         (absent / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name='{name}')\n")
     publish.copy(ROOT, repository)
-    command = ["python", "release/publish.py", "make", out, "--preset", "smoke", "--count", "100", "--data", fashion_mnist]
+    arguments = ["release/publish.py", "make", out, "--preset", "smoke", "--count", "100", "--data", fashion_mnist]
     environment = {**os.environ, "PYTHONPATH": str(absent), "WARM_EXECUTABLE": str(warm.FOLDER / "python")}
 
     options = {"cwd": repository, "env": environment, "text": True}
-    stopped = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
+    stopped = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
     while not list(repository.glob(".cache/publish-*/.resume/*/journal.jsonl")):
         assert stopped.poll() is None, stopped.stderr.read()
         time.sleep(0.05)
@@ -49,7 +50,7 @@ def made(tmp_path_factory, fashion_mnist, real_features) -> Path:
     for file in real_features:
         (work / ".cache").mkdir(exist_ok=True)
         shutil.copy(file, work / ".cache")
-    done = subprocess.run(command, capture_output=True, check=False, **options)
+    done = subprocess.run(["python", *arguments], capture_output=True, check=False, **options)
     assert done.returncode == 0, done.stderr
     assert "| smoke, n = 100 |" in done.stdout
     return out

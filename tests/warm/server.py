@@ -42,8 +42,8 @@ def run(request: dict, streams: list[int]) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        sys.modules["torch"].set_num_threads(int(threads))  # PyTorch reads the variable only when it is imported
+    threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
+    sys.modules["torch"].set_num_threads(int(threads))  # which reads the variable only when it is imported
     sys.executable = os.environ.get("WARM_EXECUTABLE", sys.executable)  # with which the script starts others
     more = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     shadowed = {file.stem for path in more for file in Path(path).glob("*.py")}
@@ -80,13 +80,13 @@ def exit_after(work: Callable, *arguments: object) -> NoReturn:
 
 def receive(client: socket.socket) -> tuple[dict, list[int]]:
     """The request and the client's standard streams. Raises OSError if the client was killed while it called."""
-    head, streams, _, _ = socket.recv_fds(client, 4, 3)
-    content = b""
-    while len(head) < 4 or len(content) < struct.unpack("!I", head)[0]:
+    client.settimeout(10)
+    content, streams, _, _ = socket.recv_fds(client, 4, 3)
+    while len(content) < 4 or len(content) < 4 + struct.unpack("!I", content[:4])[0]:
         if not (more := client.recv(1 << 16)):
             raise ConnectionResetError
         content += more
-    return json.loads(content), streams
+    return json.loads(content[4:]), streams
 
 
 class Server:
@@ -96,13 +96,19 @@ class Server:
         self.listener.listen()
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ, self.start)
-        self.selector.register(sys.stdin, selectors.EVENT_READ, lambda: os._exit(0))
+        self.selector.register(sys.stdin, selectors.EVENT_READ, self.end)
+        self.running: set[int] = set()  # process IDs
 
     def serve(self) -> NoReturn:
         while True:
             for key, _ in self.selector.select():
-                if key.fd in self.selector.get_map():  # not ended by one of the others
+                if self.selector.get_map().get(key.fd) is key:  # not ended by one of the others
                     key.data()
+
+    def end(self) -> NoReturn:
+        for pid in self.running:
+            os.kill(pid, signal.SIGKILL)
+        os._exit(0)
 
     def start(self) -> None:
         client, _ = self.listener.accept()
@@ -122,6 +128,7 @@ class Server:
             exit_after(run, request, streams)
         for stream in streams:
             os.close(stream)
+        self.running.add(pid)
         ended = os.pidfd_open(pid)
         self.selector.register(client, selectors.EVENT_READ, lambda: self.hear(client, pid))
         self.selector.register(ended, selectors.EVENT_READ, lambda: self.report(client, pid, ended))
@@ -134,11 +141,13 @@ class Server:
             number = b""
         if not number:
             self.selector.unregister(client)
-        os.kill(pid, number[0] if number else signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, number[0] if number else signal.SIGKILL)
 
     def report(self, client: socket.socket, pid: int, ended: int) -> None:
         """Tell the client how the script ended."""
         _, status = os.waitpid(pid, 0)
+        self.running.remove(pid)
         self.selector.unregister(ended)
         os.close(ended)
         if client.fileno() in self.selector.get_map():
