@@ -132,7 +132,7 @@ def main() -> None:
         import tomllib  # new in Python 3.11
 
         print(download(tomllib.loads(LOCK.read_text())), flush=True)
-        wanted = ["-r", LOCK]
+        wanted = ["--preview-features", "pylock", "-r", LOCK]  # for uv, such files are still new
     environment.pop("UV_TORCH_BACKEND", None)  # PyTorch's build is decided
     run_uv("install", *wanted, environment=environment)
 
