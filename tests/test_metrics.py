@@ -248,3 +248,18 @@ def test_memorisation_is_its_definition():
     ratio, share = memorisation(samples, unseen)  # the first percentile of `unseen` is 1.02
     assert ratio == pytest.approx(1 / 2)
     assert share == pytest.approx(2 / 3)
+
+
+def test_a_reference_in_several_parts_has_the_same_nearest_points(monkeypatch):
+    queries, reference = normal(20, 4, 0), normal(50, 4, 1)
+    monkeypatch.setattr(metrics, "HELD", 4 * 4 * 7)  # seven points at a time
+    distance, index = nearest(queries, reference)
+    expected = (queries[:, None] - reference).norm(dim=2).min(1)
+    assert index.tolist() == expected.indices.tolist()
+    assert torch.allclose(distance, expected.values)
+
+
+def test_the_ratio_of_memorisation_is_of_medians():
+    ratio, share = memorisation(torch.tensor([1.0, 1.0, 1.0, 1.0, 100.0]), torch.tensor([2.0, 2.0, 2.0, 9.0, 9.0]))
+    assert ratio == 0.5
+    assert share == pytest.approx(0.8)

@@ -1,11 +1,12 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ddpm.diffusion.unet import Attention, UNet, timestep_embedding
+from ddpm.diffusion.unet import Attention, ResBlock, UNet, timestep_embedding
 
 CONFIGS = [
     {"patch_size": 1, "channels": (16, 16, 32), "blocks": 1, "attention": (7,), "heads": 2},
@@ -200,3 +201,22 @@ def test_timestep_embeddings_are_all_different():
     embeddings = timestep_embedding(torch.arange(1000), 48)
     assert embeddings.shape == (1000, 48)
     assert torch.pdist(embeddings).min() > 0.1
+
+
+def test_a_residual_block_scales_and_shifts_by_its_condition():
+    torch.manual_seed(0)
+    block = ResBlock(8, 16, 4, 0.0, 8)
+    nn.init.normal_(block.conv2.weight)  # zero at first
+    x, emb = torch.randn(2, 8, 5, 5), torch.randn(2, 4)
+    scale, shift = (block.condition(emb)[:, rows, None, None] for rows in (slice(16), slice(16, None)))
+    h = F.group_norm(block.conv1(F.silu(F.group_norm(x, 8, block.norm1.weight, block.norm1.bias))), 8)
+    expected = block.shortcut(x) + block.conv2(F.silu(h * (1 + scale) + shift))
+    assert torch.allclose(block(x, emb), expected, atol=1e-5)
+
+
+def test_the_head_sees_what_its_norm_and_a_silu_leave():
+    network, seen = UNet(channels=(8,), blocks=1, attention=(), heads=1), {}
+    network.norm.register_forward_hook(lambda _module, _given, output: seen.update(norm=output))
+    network.head.register_forward_hook(lambda _module, given, _output: seen.update(head=given[0]))
+    network(torch.randn(2, 1, 28, 28), torch.tensor([3, 4]), torch.tensor([0, 1]))
+    assert torch.equal(seen["head"], F.silu(seen["norm"]))
