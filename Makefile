@@ -20,7 +20,7 @@ repro: $(VENV)/.runtime  ## download, train, sample and evaluate, as far as some
 test: $(VENV)/.dev  ## all tests
 	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile
 
-test-fast: $(VENV)/.dev  ## the tests that start no stage, server or browser, in a minute or so
+test-fast: $(VENV)/.dev  ## the tests that start no stage, server or browser
 	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto -m "not slow"
 
 lint: $(VENV)/.dev  ## style, mistakes and types
