@@ -85,11 +85,11 @@ def download(lock: dict) -> str:
     return text
 
 
-def resolve(environment: dict[str, str]) -> None:
-    """Write LOCK: the pinned versions, with PyTorch's build for this machine where its index can be reached."""
+def resolve(backend: str | None, environment: dict[str, str]) -> None:
+    """Write LOCK: the pinned versions, with PyTorch's build for `backend`, or for this machine where its index can be reached."""
     compiled = ["compile", "--quiet", "pyproject.toml", "-c", "requirements.txt", "--format", "pylock.toml", "-o", LOCK]
-    if chosen := environment.pop("UV_TORCH_BACKEND", None):
-        run_uv(*compiled, "--torch-backend", chosen, environment=environment)
+    if backend:
+        run_uv(*compiled, "--torch-backend", backend, environment=environment)
         return
     tried = uv(*compiled, "--torch-backend", "auto", environment={**environment, **UNREACHABLE}, stderr=subprocess.PIPE)
     if tried.returncode:
@@ -125,15 +125,15 @@ def main() -> None:
     settings = subprocess.run([PYTHON, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout
     # Compiled once, at installation: where Python may not keep what it compiles, every start would take seconds longer.
     environment = {**pip_settings(settings), "UV_COMPILE_BYTECODE": "1", **os.environ}
+    backend = environment.pop("UV_TORCH_BACKEND", None)  # not for the installation, when PyTorch's build is decided
     if dev:
         wanted = ["-r", "requirements-dev.txt", "-r", "bench/requirements.txt", "-c", "requirements.txt"]
     else:
-        resolve(environment)
+        resolve(backend, environment)
         import tomllib  # new in Python 3.11
 
         print(download(tomllib.loads(LOCK.read_text())), flush=True)
         wanted = ["--preview-features", "pylock", "-r", LOCK]  # for uv, such files are still new
-    environment.pop("UV_TORCH_BACKEND", None)  # PyTorch's build is decided
     run_uv("install", *wanted, environment=environment)
 
 

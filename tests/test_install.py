@@ -14,11 +14,13 @@ from pathlib import Path
 import install
 import pytest
 
+from clones import AS_SOMEBODY
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def git(folder: Path, *command: str) -> None:
-    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@localhost", *command], cwd=folder, check=True)
+    subprocess.run(["git", *AS_SOMEBODY, *command], cwd=folder, check=True)
 
 
 def test_a_folder_without_a_commit_is_refused(tmp_path):
