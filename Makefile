@@ -21,7 +21,7 @@ test: $(VENV)/.dev  ## all tests
 	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile
 
 test-fast: $(VENV)/.dev  ## the tests that start no stage, server or browser
-	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto -m "not slow"
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist worksteal -m "not slow"
 
 lint: $(VENV)/.dev  ## style, mistakes and types
 	ruff check .

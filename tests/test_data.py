@@ -5,7 +5,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -370,7 +369,7 @@ def test_a_killed_download_leaves_nothing_that_looks_finished(tmp_path, raw, mir
         "raw, cache, url = sys.argv[1:]; download(Path(raw), Path(cache), mirrors=[url], debian=False)"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(raw), str(cache), mirror.url],
+        ["python", "-c", code, str(raw), str(cache), mirror.url],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         stderr=subprocess.DEVNULL,
     )

@@ -370,6 +370,27 @@ def test_a_signal_in_an_import_or_in_the_collection_of_garbage(tmp_path, code, s
     assert (ended.returncode, ended.stdout, ended.stderr) == (143, said, "Stopped. Run the same command again to resume.\n")
 
 
+def test_a_program_ends_after_its_threads_and_exit_handlers_with_all_that_it_printed():
+    """As an interpreter does that takes its modules down."""
+    program = """
+import atexit, threading, time
+from ddpm.errors import UserError
+from ddpm.runtime.cli import clean_errors
+with clean_errors():
+    atexit.register(print, "handler")
+    threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+    raise UserError("reason")
+"""
+    command, environment = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "thread\nhandler\n", "error: reason\n")
+    full = Path("/dev/full")
+    if full.exists():  # a disk that has no room for what was printed
+        program = 'from ddpm.runtime.cli import clean_errors\nwith clean_errors():\n    print("text")'
+        command = [sys.executable, "-c", program]
+        assert subprocess.run(command, env=environment, stdout=full.open("w"), check=False).returncode == 1
+
+
 def test_a_second_ctrl_c_ends_the_program_at_once_but_lets_an_import_complete(tmp_path):
     (tmp_path / "library.py").write_text(
         "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(0.2)\nprint('the whole library', flush=True)\n"

@@ -18,6 +18,7 @@ from ddpm.training.state import load_state
 from helpers import ENVIRONMENT, copied, mlflow_runs, start
 
 pytestmark = pytest.mark.slow
+WARM = {"WARM_EXECUTABLE": str(warm.FOLDER / "python")}  # with which a launcher that starts warm starts its workers
 STEPS = 200  # of that run
 
 
@@ -75,7 +76,8 @@ def test_whatever_ends_one_process_ends_all_and_the_same_command_goes_on(clone: 
         ("launcher", signal.SIGKILL, -signal.SIGKILL, None),
         ("launcher", signal.SIGTERM, 128 + signal.SIGTERM, f"Stopped. {RESUME}"),
     ):
-        process = start(clone, sys.executable, "src/train.py")
+        is_cold = told is None  # the workers watch the launcher
+        process = start(clone, sys.executable, "src/train.py") if is_cold else start(clone, "python", "src/train.py", **WARM)
         workers = after_a_state(process, clone)
         (process if victim == "launcher" else workers[victim]).send_signal(number)
         ended = time.monotonic()
@@ -105,7 +107,7 @@ def test_torchrun_restarts_what_was_lost(clone: Path) -> None:
     """What is killed is the client of tests/warm that torchrun started, whose script is killed with it."""
     edit_params(clone, {"train": {"seed": 2}})
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    process = start(clone, "python", *launcher, "src/train.py", WARM_EXECUTABLE=str(warm.FOLDER / "python"))
+    process = start(clone, "python", *launcher, "src/train.py", **WARM)
     after_a_state(process, clone)[1].kill()
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -117,7 +119,7 @@ def test_torchrun_restarts_what_was_lost(clone: Path) -> None:
 
 def test_what_is_wrong_is_told_once(clone: Path) -> None:
     edit_params(clone, {"runtime": {"processes": 2, "require_mlflow": True}})
-    environment = ENVIRONMENT | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    environment = ENVIRONMENT | WARM | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     done = subprocess.run(["python", "src/train.py"], cwd=clone, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     mend = "fix the connection, or set runtime.require_mlflow: false"
@@ -133,7 +135,7 @@ def test_two_processes_draw_and_judge_the_same(clone: Path) -> None:
             features.unlink()
         for stage in ("sample", "evaluate"):
             command = ["python", f"src/{stage}.py"]
-            environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+            environment = {**ENVIRONMENT, **WARM, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
         outputs = ("samples.npz", "denoising.gif", "generated_samples.png", "metrics/evaluate.json", "nearest_neighbours.png")

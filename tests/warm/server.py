@@ -30,7 +30,19 @@ PACKAGES = (
     *("torch", "torch._dynamo", "torchmetrics.image.fid", "torchmetrics.image.kid"),
     *("mlflow", "mlflow.store.tracking.sqlalchemy_store", "mlflow.pyfunc", "pandas"),
     *("torch.distributed.run", "dvc.cli", "dvc.commands.repro", "dvc.repo.experiments.queue.celery"),
-    *("PIL.Image", "pydantic", "filelock", "psutil", "requests", "rich.table", "ruamel.yaml", "tqdm", "yaml"),
+    *(
+        "hypothesis",
+        "scipy.stats",
+        "PIL.Image",
+        "pydantic",
+        "filelock",
+        "psutil",
+        "requests",
+        "rich.table",
+        "ruamel.yaml",
+        "tqdm",
+        "yaml",
+    ),
 )
 
 
@@ -44,6 +56,7 @@ def run(request: dict, streams: list[int]) -> None:
     os.environ.update(request["environment"])
     threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
     sys.modules["torch"].set_num_threads(int(threads))  # which reads the variable only when it is imported
+    os.getppid = parent_of(request["client"])  # which a training with several processes watches
     sys.executable = os.environ.get("WARM_EXECUTABLE", sys.executable)  # with which the script starts others
     more = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     shadowed = {file.stem for path in more for file in Path(path).glob("*.py")}
@@ -54,9 +67,18 @@ def run(request: dict, streams: list[int]) -> None:
         del sys.argv[0]
         sys.path[:1] = ["", *more]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    elif sys.argv[0] == "-c":
+        code = sys.argv.pop(1)
+        sys.path[:1] = ["", *more]
+        exec(code, {"__name__": "__main__"})
     else:
         sys.path[:1] = [str(Path(sys.argv[0]).resolve().parent), *more]
         runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def parent_of(pid: int) -> Callable[[], int]:
+    """What `os.getppid` returns in the process `pid`."""
+    return lambda: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def exit_after(work: Callable, *arguments: object) -> NoReturn:
