@@ -31,8 +31,14 @@ def main() -> None:
                 archive.extractall(folder)
         except (OSError, EOFError, RuntimeError, ValueError, zlib.error, zipfile.BadZipFile):
             raise UserError(f"{path}: corrupt, or not a zip archive of runs") from None
+        problems = []
         for run in sorted(Path(folder).iterdir()):
-            ship_folder(run)
+            try:
+                ship_folder(run)
+            except UserError as error:  # of one run; the others are sent all the same
+                problems.append(str(error))
+        if problems:
+            raise UserError("; ".join(problems))
 
 
 def ship_folder(folder: Path) -> None:

@@ -19,7 +19,8 @@ import requests
 from ddpm.errors import Stopped, UserError
 from ddpm.paths import project_root
 from ddpm.runtime.cli import between, clean_errors
-from ddpm.tracking.connection import experiment_name, tracking_uri, without_password
+from ddpm.tracking.client import ARTIFACTS
+from ddpm.tracking.connection import tracking_uri, without_password
 from ddpm.tracking.queries import experiment_id
 
 HOST, PORT = "127.0.0.1", 5000
@@ -33,7 +34,7 @@ def main() -> None:
     root = project_root()
     uri = tracking_uri(root)
     if uri.startswith("http"):
-        print(runs_page(without_password(uri.rstrip("/")), experiment_id(uri)))
+        print(runs_page(without_password(uri.rstrip("/")), experiment_id(root)))
         return
     with socket.socket() as probe:
         if probe.connect_ex((HOST, port)) == 0:
@@ -41,11 +42,13 @@ def main() -> None:
             raise UserError(f"port {port} is already in use, perhaps by another `make ui`; {another}")
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
-        *("--artifacts-destination", str(root / "mlartifacts")),
+        *("--artifacts-destination", str(root / ARTIFACTS)),
     ]
+    experiment = experiment_id(root)
     server = start_server(command, uri)
     try:
-        print(f"{wait_until_ready(server, port, command)}\nPress Ctrl-C to stop the server.", flush=True)
+        wait_until_ready(server, f"http://{HOST}:{port}", command)
+        print(f"{runs_page(f'http://{HOST}:{port}', experiment)}\nPress Ctrl-C to stop the server.", flush=True)
         with suppress(Stopped):
             server.wait()
     finally:
@@ -65,9 +68,9 @@ def start_server(command: list[str], uri: str) -> subprocess.Popen[bytes]:
     )
 
 
-def wait_until_ready(server: subprocess.Popen[bytes], port: int, command: list[str]) -> str:
-    """The address of the runs, once the server answers. Raises UserError if it exits or takes too long."""
-    address, session = f"http://{HOST}:{port}", requests.Session()
+def wait_until_ready(server: subprocess.Popen[bytes], address: str, command: list[str]) -> None:
+    """Return once the server answers. Raises UserError if it exits or takes too long."""
+    session = requests.Session()
     session.trust_env = False  # never through a proxy
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
@@ -75,17 +78,11 @@ def wait_until_ready(server: subprocess.Popen[bytes], port: int, command: list[s
             by_hand = f"MLFLOW_BACKEND_STORE_URI=… {shlex.join(command)}"
             raise UserError(f"the MLflow server exited with status {server.returncode}; run `{by_hand}` to see why")
         try:
-            answer = session.get(
-                f"{address}/api/2.0/mlflow/experiments/get-by-name", params={"experiment_name": experiment_name()}, timeout=5
-            )
+            if session.get(f"{address}/health", timeout=5).ok:
+                return
         except requests.RequestException:
-            time.sleep(0.2)
-            continue
-        if answer.ok:
-            return runs_page(address, answer.json()["experiment"]["experiment_id"])
-        if answer.status_code == 404:
-            return runs_page(address, None)
-        return address
+            pass
+        time.sleep(0.2)
     raise UserError(f"the MLflow server did not answer at {address} within {READY_SECONDS} s")
 
 

@@ -179,7 +179,7 @@ def test_strangers_are_refused_and_told_and_what_they_did_ships_later(server: Se
         assert answer.status_code == status
 
     address = {"MLFLOW_TRACKING_URI": server.address}
-    unknown = "login failed; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    unknown = "login failed; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
     lacking = "the user in MLFLOW_TRACKING_USERNAME lacks the permission; ask the server's administrator for it"
     strangers = [
         ({}, unknown),
@@ -192,7 +192,7 @@ def test_strangers_are_refused_and_told_and_what_they_did_ships_later(server: Se
         assert process.returncode == 0
         (kept,) = (tmp_path / f"{n}/.resume").glob("unshipped-*/")
         assert errors.splitlines() == [
-            f"warning: MLflow at {server.address}: {why}; the run continues and sends everything once the server answers",
+            f"warning: MLflow at {server.address}: {why}; the run continues and sends everything once this is mended",
             f"warning: MLflow at {server.address} has not received all of this run ({why}); "
             f"it is kept, and `python src/ship.py {kept}` sends it",
         ]

@@ -6,6 +6,7 @@ Every module that sends to MLflow or asks it imports this one first: MLflow read
 import logging
 import os
 import re
+from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,22 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # seconds
 
 EXPERIMENT = "fashion-mnist-ddpm"  # the default of MLFLOW_EXPERIMENT_NAME
 SQLITE = "sqlite:///"
-PERMANENT_ERRORS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")  # MLflow's codes; retrying is useless
-ACCESS_ERRORS = {
-    "UNAUTHENTICATED": "login failed; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
-    "PERMISSION_DENIED": "the user in MLFLOW_TRACKING_USERNAME lacks the permission; ask the server's administrator for it",
+ACCESS_ERRORS = {  # by HTTP status
+    401: "login failed; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+    403: "the user in MLFLOW_TRACKING_USERNAME lacks the permission; ask the server's administrator for it",
 }
+
+
+class Answer(Enum):
+    """What an error means for what was being sent."""
+
+    LATER = auto()  # there was no answer, or one that will be another later
+    DENIED = auto()  # not to this user
+    REFUSED = auto()  # not this
+    LACKING = auto()  # the server is too old for it
+
+
+LATER_STATUSES = (408, 425, 429)
 
 
 def tracking_uri(root: Path) -> str:
@@ -63,11 +75,41 @@ def hide_info_logs() -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
 
 
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status of a server's answer, or what it would be if the store is no server; None if there was no answer."""
+    if (response := getattr(error, "response", None)) is not None:  # of requests: a file that is sent or fetched
+        return getattr(response, "status_code", None)
+    if unknown := re.search(r"failed with error code (\d{3}) ", str(error)):  # of an answer that MLflow can't read
+        return int(unknown[1])
+    code = getattr(error, "error_code", "INTERNAL_ERROR")  # of MLflow, which has this code for everything else
+    return None if code == "INTERNAL_ERROR" else error.get_http_status_code()  # type: ignore[attr-defined]
+
+
+def answer(error: BaseException) -> Answer:
+    """What an error means that was raised while something was sent to the store."""
+    from requests import RequestException
+
+    status = http_status(error)
+    if status in ACCESS_ERRORS:
+        return Answer.DENIED
+    if status in (404, 501) and getattr(error, "error_code", None) in ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED"):
+        return Answer.LACKING
+    if status is not None:
+        return Answer.REFUSED if 400 <= status < 500 and status not in LATER_STATUSES else Answer.LATER
+    if isinstance(error, RequestException | ConnectionError | TimeoutError):
+        return Answer.LATER
+    # A folder that can't be written, or a library for the kind of place where the server wants files to go
+    return Answer.REFUSED if isinstance(error, OSError | ImportError) else Answer.LATER
+
+
 def root_cause(error: BaseException) -> str:
     """The innermost cause of an error, on one line of at most 200 characters."""
-    if explanation := ACCESS_ERRORS.get(getattr(error, "error_code", "")):
+    if explanation := ACCESS_ERRORS.get(http_status(error) or 0):
         return explanation
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause
-    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
+    text = getattr(error, "strerror", None) or str(error)
+    if filename := getattr(error, "filename", None):
+        text = f"{filename}: {text}"
+    lines = text.strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -5,14 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm.errors import UserError
-from ddpm.tracking.connection import (
-    experiment_name,
-    hide_info_logs,
-    root_cause,
-    store_exists,
-    tracking_uri,
-    without_password,
-)
+from ddpm.tracking.client import connect, find_experiment
+from ddpm.tracking.connection import root_cause, store_exists, tracking_uri, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,12 +23,9 @@ def evaluations(root: Path) -> dict[str, "Run"]:
     uri = tracking_uri(root)
     if not store_exists(uri):
         return {}
-    import mlflow
-
-    hide_info_logs()
-    client = mlflow.MlflowClient(uri)
     try:
-        experiment = client.get_experiment_by_name(experiment_name())
+        client = connect(root)
+        experiment = find_experiment(client)
         runs = experiment and client.search_runs(
             [experiment.experiment_id],
             "tags.stage = 'evaluate' and attributes.status = 'FINISHED'",
@@ -47,21 +38,27 @@ def evaluations(root: Path) -> dict[str, "Run"]:
     return {run.data.tags["samples_md5"]: run for run in reversed(runs or []) if "samples_md5" in run.data.tags}
 
 
-def experiment_id(uri: str) -> str | None:
-    """The id of the experiment on a server; None before the first run.
-
-    Raises UserError if the server is unreachable or denies access.
-    """
-    import mlflow
-
+def experiment_id(root: Path) -> str | None:
+    """The id of the experiment; None before the first run. Raises UserError if the store is unreachable or denies access."""
+    uri = tracking_uri(root)
+    if not store_exists(uri):
+        return None
     try:
-        experiment = mlflow.MlflowClient(uri, uri).get_experiment_by_name(experiment_name())
+        experiment = find_experiment(connect(root))
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"MLflow at {without_password(uri)}: {root_cause(error)}") from None
     return experiment.experiment_id if experiment else None
 
 
-def newest_run(client: "MlflowClient", experiment: str, condition: str) -> "Run | None":
-    """The newest run of an experiment (its id) that meets a condition in MLflow's search language; None if there is none."""
-    runs = client.search_runs([experiment], condition, order_by=["attributes.start_time DESC"], max_results=1)
+def newest_run(client: "MlflowClient", experiment: str, condition: str, deleted: bool = False) -> "Run | None":
+    """The newest run of an experiment (its id) that meets a condition in MLflow's search language; None if there is none.
+
+    Runs that were deleted in MLflow count only if they are asked for.
+    """
+    from mlflow.entities import ViewType
+
+    view = ViewType.ALL if deleted else ViewType.ACTIVE_ONLY
+    runs = client.search_runs([experiment], condition, view, max_results=1, order_by=["attributes.start_time DESC"])
     return runs[0] if runs else None

@@ -10,14 +10,8 @@ from ddpm.errors import UserError
 from ddpm.files import write_atomic
 from ddpm.params import SampleParams
 from ddpm.paths import CACHE, LIBRARY, MODEL, TRACKING
-from ddpm.tracking.connection import (
-    PERMANENT_ERRORS,
-    hide_info_logs,
-    root_cause,
-    store_exists,
-    tracking_uri,
-    without_password,
-)
+from ddpm.tracking.client import connect
+from ddpm.tracking.connection import Answer, answer, root_cause, store_exists, tracking_uri, without_password
 from ddpm.tracking.ranking import Evaluation, is_better
 
 if TYPE_CHECKING:
@@ -88,7 +82,7 @@ def _version(client: "MlflowClient", checkpoint_sha256: str) -> "ModelVersion | 
             if version.run_id and client.get_run(version.run_id).info.lifecycle_stage == "active":
                 return version
         except MlflowException as error:
-            if error.error_code not in PERMANENT_ERRORS:
+            if answer(error) is not Answer.REFUSED:
                 raise
         client.delete_model_version(MODEL_NAME, version.version)
     return None
@@ -120,13 +114,12 @@ def champion(root: Path) -> tuple[str, Path, SampleParams] | None:
     uri = tracking_uri(root)
     if not store_exists(uri):
         return None
-    import mlflow
-
-    hide_info_logs()
     try:
-        version = mlflow.MlflowClient(uri, uri).get_model_version_by_alias(MODEL_NAME, CHAMPION)
+        version = connect(root).get_model_version_by_alias(MODEL_NAME, CHAMPION)
+    except UserError:
+        raise
     except Exception as error:
-        if getattr(error, "error_code", None) in PERMANENT_ERRORS:  # none was ever registered
+        if answer(error) in (Answer.REFUSED, Answer.LACKING):  # none was ever registered
             return None
         raise UserError(f"MLflow at {without_password(uri)}: {root_cause(error)}; {SERVE_A_FILE}") from None
     name = f"{MODEL_NAME}, version {version.version}"

@@ -159,7 +159,7 @@ class Run:
             else:
                 folder = folder.rename(folder.with_name(f"unshipped-{self.store.start['journal'][:12]}"))
         if not self.all_sent.is_set():
-            problem = self.store.problem or "no answer"
+            problem = self.store.problem or self.store.refusal or "no answer"
             print(
                 f"warning: MLflow at {self.store.address} has not received all of this run ({problem}); "
                 f"it is kept, and `python src/ship.py {folder}` sends it",
@@ -184,18 +184,19 @@ class Run:
         while not self.store.given_up:
             try:
                 finishing = self.finishing.is_set()  # read before the queue: once this is set, the queue is complete
-                if count := len(self.queue):
+                if (count := len(self.queue)) or self.store.waiting:
                     self.journal.sync()  # else a power cut could leave the store with entries that the journal has lost
                     self.store.ship(self.queue, count)
                 elif finishing:
-                    self.all_sent.set()
+                    if self.store.refusal is None:
+                        self.all_sent.set()
                     return
                 self.finishing.wait(SHIP_SECONDS)
             except ImportError as error:  # MLflow isn't installed here; the journal can be sent from another machine
                 self.store.problem = root_cause(error)
                 return
             except Exception as error:  # whatever the problem of the store, the run continues and this thread tries again
-                self.store.report(root_cause(error))
+                self.store.report(error)
                 time.sleep(RETRY_SECONDS)
 
 
@@ -203,7 +204,7 @@ def ship(folder: Path, root: Path) -> str:
     """Send the whole journal in `folder`, including what the store already has; the address of the store.
 
     The folder is removed unless a run can be resumed from it. Raises UserError if a process is still using it, or if the store is
-    unreachable.
+    unreachable or refuses a part; then it has the rest, and the folder stays.
     """
     with lock_folder(folder):
         journal = Journal(folder)
@@ -217,6 +218,8 @@ def ship(folder: Path, root: Path) -> str:
         except Exception as error:
             raise UserError(f"MLflow at {store.address}: {root_cause(error)}") from None
         journal.file.close()
+        if store.refusal:
+            raise UserError(f"MLflow at {store.address} has all of {folder} but for what it refused; {store.refusal}")
         if journal.entries[-1].get("end") == "FINISHED" and not list(folder.glob("*.pt")):
             shutil.rmtree(folder)
     return store.address

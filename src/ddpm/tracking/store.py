@@ -1,4 +1,8 @@
-"""Sends a run's journal to MLflow's store: connects on first use, and gives up if a problem lasts too long at the end."""
+"""Sends a run's journal to MLflow's store: connects on first use, and gives up if a problem lasts too long at the end.
+
+What the store doesn't take holds up nothing else. Files, pictures, data sets and models wait while parameters, metrics, tags and
+the end of the run go on. What the store refuses is set aside: it stays in the journal, for `src/ship.py`.
+"""
 
 import sys
 import threading
@@ -8,10 +12,9 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
-from ddpm.paths import CACHE
-from ddpm.tracking.connection import PERMANENT_ERRORS, experiment_name, hide_info_logs, tracking_uri, without_password
+from ddpm.errors import UserError
+from ddpm.tracking.client import ARTIFACTS, connect, find_experiment
+from ddpm.tracking.connection import Answer, answer, experiment_name, root_cause, tracking_uri, without_password
 from ddpm.tracking.journal import Entry, Journal
 from ddpm.tracking.queries import newest_run
 from ddpm.tracking.stored_run import StoredRun
@@ -22,6 +25,15 @@ if TYPE_CHECKING:
 EXIT_SECONDS = 10  # how long the end of a run waits for a store that has a problem
 SLOW_SECONDS = 120  # and for a store that is only slow, for example because its database is being created
 MAX_BATCH = 1000  # metrics per call, MLflow's limit
+SIDE = {  # the kinds of entries that others don't wait for, and what messages call them
+    "preview": "sample previews",
+    "artifact": "files",
+    "dataset": "the data set",
+    "register": "the model's version in the registry",
+    "best_evaluation": "the training's best evaluation",
+}
+DELETED = "this run was deleted there; restore it first"
+PLAIN = {"start": "parameters", "metric": "metrics", "tags": "tags", "end": "the end of the run"}
 
 
 class Store:
@@ -32,43 +44,77 @@ class Store:
         self.uri = tracking_uri(root)
         self.address = without_password(self.uri)
         self.run: StoredRun | None = None  # until the store was reached
+        self.waiting: list[Entry] = []  # of the kinds in SIDE, which the store was not ready for
+        self.refusal: str | None = None  # why an entry was set aside
+        self.told: set[str] = set()  # the kinds of entries that a warning was printed about
         self.problem: str | None = None  # the latest one; None once sending works again
         self.problem_since = 0.0
         self.given_up = False
 
     def ship(self, queue: deque[Entry], count: int) -> None:
-        """Send the first `count` entries of the queue in order. Each leaves the queue once the store has it."""
-        run = self.run or self.open()
-        from mlflow.exceptions import MlflowException
+        """Send the first `count` entries of the queue in order, then those that were waiting. Each leaves the queue once sent.
 
+        Raises what the store answered if something has to be sent again, and UserError if the run was deleted.
+        """
+        run = self.run or self.open()
         while count and not self.given_up:
-            metrics = _leading_metrics(queue, min(count, MAX_BATCH))
-            if metrics:
-                run.log_metrics(metrics)
-            else:
-                try:
-                    run.log(queue[0])
-                except MlflowException as error:
-                    if error.error_code not in PERMANENT_ERRORS:
-                        raise
-                    reason = str(error).splitlines()[0][:200]
-                    print(f"warning: MLflow at {self.address} refused to log {next(iter(queue[0]))}: {reason}", file=sys.stderr)
-            for _ in range(max(len(metrics), 1)):
+            entries = _leading_metrics(queue, min(count, MAX_BATCH)) or [queue[0]]
+            if _kind(entries[0]) in SIDE:
+                self.waiting.append(entries[0])
+                if len(self.waiting) == 1:  # else the others come first
+                    self._send_waiting(run)
+            elif error := self._send(run, entries):
+                raise error
+            for _ in entries:
                 queue.popleft()
                 count -= 1
+        if error := self._send_waiting(run):
+            raise error
         self.problem = None
 
-    def open(self) -> StoredRun:
-        """Connect, and create the run unless an earlier process with this journal has done so."""
-        import mlflow
+    def _send_waiting(self, run: StoredRun) -> Exception | None:
+        """Send the entries that are waiting; the error of one that must go on waiting."""
+        last = None
+        for entry in self.waiting.copy():
+            if self.given_up:
+                break
+            error = self._send(run, [entry])
+            if error is None:
+                self.waiting.remove(entry)
+            elif answer(error) is Answer.LATER:  # the next one would have to wait as long
+                return error
+            last = error or last
+        return last
 
-        hide_info_logs()
-        mlflow.set_tracking_uri(self.uri)
-        (self.root / CACHE).mkdir(exist_ok=True)
-        with FileLock(self.root / CACHE / "mlflow.lock"):  # two processes that create one database at the same time crash
-            client = mlflow.MlflowClient(self.uri, self.uri)
-            experiment = self._experiment(client)
-        self.run = self._find_or_create_run(client, experiment)
+    def _send(self, run: StoredRun, entries: list[Entry]) -> Exception | None:
+        """Send entries, or set them aside if they are refused; the error if they have to be sent again."""
+        try:
+            run.log(entries)
+        except Exception as error:
+            meaning, kind = answer(error), _kind(entries[0])
+            if meaning not in (Answer.REFUSED, Answer.LACKING):
+                return error
+            if run.is_deleted():
+                raise UserError(DELETED) from None
+            name, reason = {**SIDE, **PLAIN}[kind], root_cause(error)
+            if meaning is Answer.LACKING and kind in SIDE:
+                run.discard(entries[0])
+                message = f"can't take {name}, perhaps because it is too old ({reason}); the run does without"
+            else:
+                self.refusal = f"it refused {name}: {reason}"
+                message = f"refused {name}: {reason}; the rest goes on"
+            if kind not in self.told:
+                self.told.add(kind)
+                print(f"warning: MLflow at {self.address} {message}", file=sys.stderr)
+        return None
+
+    def open(self) -> StoredRun:
+        """Connect, and create the run unless an earlier process with this journal has done so.
+
+        Raises UserError if that run or the experiment was deleted.
+        """
+        client = connect(self.root)
+        self.run = self._find_or_create_run(client, self._experiment(client))
         if self.start["system_metrics"]:
             self.run.start_monitor()
         return self.run
@@ -77,16 +123,16 @@ class Store:
         """The id of the experiment, which is created if it doesn't exist."""
         from mlflow.exceptions import MlflowException
 
-        name = experiment_name()
-        if experiment := client.get_experiment_by_name(name):
+        if experiment := find_experiment(client):
             return experiment.experiment_id
+        name = experiment_name()
         has_artifacts = self.uri.startswith(("http:", "https:", "databricks"))  # a server, which chooses where artifacts are
-        location = None if has_artifacts else (self.root / "mlartifacts" / name).as_uri()
+        location = None if has_artifacts else (self.root / ARTIFACTS / name).as_uri()
         try:
             return client.create_experiment(name, artifact_location=location)
         except MlflowException as error:
             is_there = error.error_code == "RESOURCE_ALREADY_EXISTS"  # another machine has just created it
-            if not is_there or (experiment := client.get_experiment_by_name(name)) is None:
+            if not is_there or (experiment := find_experiment(client)) is None:
                 raise
             return experiment.experiment_id
 
@@ -96,7 +142,9 @@ class Store:
             made_it = f"tags.stage = 'train' and tags.checkpoint_sha256 = '{checkpoint}' and status = 'FINISHED'"
             if parent := newest_run(client, experiment, made_it):
                 parent_id = parent.info.run_id
-        if run := newest_run(client, experiment, f"tags.journal = '{start['journal']}'"):
+        if run := newest_run(client, experiment, f"tags.journal = '{start['journal']}'", deleted=True):
+            if run.info.lifecycle_stage == "deleted":
+                raise UserError(DELETED)
             client.update_run(run.info.run_id, status="RUNNING")
         else:
             tags = {**start["tags"], "journal": start["journal"], "stage": start["stage"]}
@@ -105,14 +153,17 @@ class Store:
             if parent_id:
                 tags["mlflow.parentRunId"] = parent_id
             run = client.create_run(experiment, start["time"], tags, start["name"])
-        return StoredRun(client, self.root, self.outbox, experiment, run.info.run_id, parent_id)
+        return StoredRun(client, self.root, self.outbox, experiment, run.info.run_id, run.info.artifact_uri, parent_id)
 
-    def report(self, problem: str) -> None:
+    def report(self, error: Exception) -> None:
         """Print a warning when a problem begins, but not again while it lasts."""
+        problem = root_cause(error)
         if self.problem is None:
+            by_user = isinstance(error, UserError) or answer(error) is Answer.DENIED
+            until = "this is mended" if by_user else "the server answers"
+            what = ", ".join(dict.fromkeys(SIDE[_kind(entry)] for entry in self.waiting)) or "everything"
             print(
-                f"warning: MLflow at {self.address}: {problem}; the run continues and sends everything once the server answers",
-                file=sys.stderr,
+                f"warning: MLflow at {self.address}: {problem}; the run continues and sends {what} once {until}", file=sys.stderr
             )
             self.problem_since = time.monotonic()
         self.problem = problem
@@ -130,3 +181,7 @@ class Store:
 def _leading_metrics(queue: deque[Entry], limit: int) -> list[Entry]:
     entries = queue.copy()  # in one step, because the program may append to the queue at the same time
     return list(takewhile(lambda entry: "metric" in entry, islice(entries, limit)))
+
+
+def _kind(entry: Entry) -> str:
+    return next(iter(entry))

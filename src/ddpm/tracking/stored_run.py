@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from filelock import FileLock
 from PIL import Image
 
 from ddpm.paths import CACHE
+from ddpm.tracking.client import local_folder
+from ddpm.tracking.connection import Answer, answer
 from ddpm.tracking.journal import Entry
 from ddpm.tracking.queries import newest_run
 from ddpm.tracking.ranking import Evaluation, is_better
@@ -30,6 +33,7 @@ class StoredRun:
     outbox: Path
     experiment_id: str
     run_id: str
+    artifact_uri: str
     parent_id: str | None  # the training that made the checkpoint which this run samples or evaluates
     monitor: "SystemMetricsMonitor | None" = None
 
@@ -40,25 +44,20 @@ class StoredRun:
         self.monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.client.tracking_uri)
         self.monitor.start()
 
-    def log_metrics(self, entries: list[Entry]) -> None:
-        """Log entries that are metrics, in one call; MLflow takes 1000 of them at most."""
-        from mlflow.entities import Metric
-
-        metrics = [Metric(entry["metric"], entry["value"], entry["time"], entry["step"]) for entry in entries]
-        self.client.log_batch(self.run_id, metrics=metrics)
-
-    def log(self, entry: Entry) -> None:
-        """Log an entry that isn't a metric."""
-        if "start" in entry:
+    def log(self, entries: list[Entry]) -> None:
+        """Log entries: metrics, of which MLflow takes 1000 in a call, or a single other one."""
+        entry = entries[0]
+        if "metric" in entry:
+            self._log_metrics(entries)
+        elif "start" in entry:
             self._log_params(entry["start"]["params"])
-        elif file := entry.get("preview") or entry.get("artifact") or entry.get("register"):
-            path = self.outbox / file
-            if path.exists():  # else it was sent before this process resumed the run
-                self._log_file(entry, path)
-                shutil.rmtree(path.parent)
         elif "tags" in entry:
-            for name, value in entry["tags"].items():
-                self.client.set_tag(self.run_id, name, value)
+            self._log_tags(entry["tags"])
+        elif path := self._file(entry):
+            if path.exists():  # else it was sent before this process resumed the run
+                self._check_location()
+                self._log_file(entry, path)
+                self.discard(entry)
         elif "dataset" in entry:
             self._log_dataset(**entry["dataset"])
         elif "best_evaluation" in entry:
@@ -67,10 +66,51 @@ class StoredRun:
             self._finish_monitor()
             self.client.set_terminated(self.run_id, entry["end"], entry["time"])
 
+    def discard(self, entry: Entry) -> None:
+        """Remove the file of an entry that has one from the outbox."""
+        if path := self._file(entry):
+            shutil.rmtree(path.parent)
+
+    def is_deleted(self) -> bool:
+        """Whether somebody has deleted the run, or its experiment."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_run(self.run_id).info.lifecycle_stage == "deleted"
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return True
+
+    def _file(self, entry: Entry) -> Path | None:
+        name = entry.get("preview") or entry.get("artifact") or entry.get("register")
+        return self.outbox / name if name else None
+
+    def _check_location(self) -> None:
+        """Raise FileNotFoundError if files would go to a folder of a repository that isn't there any more.
+
+        MLflow would create it again, where nobody looks for it.
+        """
+        if (folder := local_folder(self.artifact_uri)) and not (of := folder.parents[3]).exists():
+            raise FileNotFoundError(f"{of}: this folder, where the experiment keeps its artifacts, doesn't exist")
+
+    def _log_metrics(self, entries: list[Entry]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(entry["metric"], entry["value"], entry["time"], entry["step"]) for entry in entries]
+        _all_but_refused(lambda some: self.client.log_batch(self.run_id, metrics=some), metrics)
+
     def _log_params(self, params: dict[str, Any]) -> None:
         from mlflow.entities import Param
 
-        self.client.log_batch(self.run_id, params=[Param(name, str(value)) for name, value in params.items()])
+        as_text = [Param(name, str(value)) for name, value in params.items()]
+        _all_but_refused(lambda some: self.client.log_batch(self.run_id, params=some), as_text)
+
+    def _log_tags(self, tags: dict[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        as_text = [RunTag(name, str(value)) for name, value in tags.items()]
+        _all_but_refused(lambda some: self.client.log_batch(self.run_id, tags=some), as_text)
 
     def _log_file(self, entry: Entry, path: Path) -> None:
         if "preview" in entry:
@@ -84,8 +124,11 @@ class StoredRun:
 
     def _log_image(self, path: Path, step: int, timestamp: int) -> None:
         """MLflow would store an image again under another name, so look first for one with this step and time."""
+        from mlflow.artifacts import list_artifacts  # by address: by run it asks for logged models, which old servers lack
+
         stored = re.compile(rf"step\W{step}\Wtimestamp\W{timestamp}\W.*compressed")  # the second of the two files per image
-        if not any(stored.search(file.path) for file in self.client.list_artifacts(self.run_id, "images")):
+        images = list_artifacts(f"{self.artifact_uri}/images", tracking_uri=self.client.tracking_uri)
+        if not any(stored.search(file.path) for file in images):
             with Image.open(path) as image:
                 self.client.log_image(self.run_id, image, key="samples", step=step, timestamp=timestamp, synchronous=True)
 
@@ -119,3 +162,25 @@ class StoredRun:
             self.monitor.publish_metrics(self.monitor.aggregate_metrics())
             self.monitor.mlflow_logger.flush()
             self.monitor = None
+
+
+def _all_but_refused(send: Callable[[list[Any]], object], items: list[Any]) -> None:
+    """Send all items in one call; if that is refused, in halves, so that every item arrives but those that are refused.
+
+    Raises the error of the first one that is.
+    """
+    try:
+        send(items)
+    except Exception as error:
+        if answer(error) is not Answer.REFUSED or len(items) == 1:
+            raise
+        half, refusals = len(items) // 2, []
+        for part in (items[:half], items[half:]):
+            try:
+                _all_but_refused(send, part)
+            except Exception as refusal:
+                if answer(refusal) is not Answer.REFUSED:
+                    raise
+                refusals.append(refusal)
+        if refusals:
+            raise refusals[0] from None

@@ -1,0 +1,496 @@
+"""Runs sent to real MLflow stores: what these refuse, aren't ready for or are too old for holds up nothing else."""
+
+import http.client
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from mlflow.artifacts import list_artifacts
+
+from ddpm.errors import UserError
+from ddpm.tracking import registry
+from ddpm.tracking import run as runs_module
+from ddpm.tracking import store as store_module
+from ddpm.tracking.client import connect
+from ddpm.tracking.connection import EXPERIMENT
+from ddpm.tracking.registry import MODEL_NAME, champion
+from ddpm.tracking.run import Run, ship, start_run
+from helpers import TRACKING_VARIABLES, Server, free_port, picture, runs
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = range(1, 31)
+SAMPLING = {
+    "sampler": "ddim", "steps": 7, "spacing": "tapered", "eta": 0.0, "variance": "small", "clip": True,
+    "guidance_scale": 1.0, "classes": "all", "count": 1000, "seed": 3,
+}  # fmt: skip
+PARTS = ("params", "metrics", "tags", "dataset", "previews", "files", "version")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, tmp_path):
+    for name in (*TRACKING_VARIABLES, "MLFLOW_EXPERIMENT_ID", "DVC_EXP_BASELINE_REV"):
+        monkeypatch.delenv(name, raising=False)
+    for name, seconds in (("SHIP_SECONDS", 0.05), ("RETRY_SECONDS", 0.2)):
+        monkeypatch.setattr(runs_module, name, seconds)
+    monkeypatch.setattr(store_module, "EXIT_SECONDS", 1)
+    monkeypatch.setattr(registry, "LIBRARY", registry.TRACKING)  # a version takes a copy of the library; a part is quicker
+
+
+@contextmanager
+def evaluation(root: Path, marker: str) -> Iterator[Run]:
+    """A run that logs a part of each kind. What the block does comes between its beginning and its end."""
+    params = {"evaluate": {"cursed": "test"}, "sample": dict(SAMPLING)}
+    with start_run("evaluate", params, root, root / ".resume" / marker, checkpoint_sha256=marker) as run:
+        run.tags({"marker": marker, "samples": 1000, "evaluator_sha256": "e", "cursed": "tag"})
+        run.dataset("FashionMNIST", "0123456789abcdef", "data/raw", {}, "evaluation")
+        for step in STEPS[:15]:
+            run.metrics(step, {"eval/loss": 1 / step})
+        run.preview(1, picture(1))
+        yield run
+        for step in STEPS[15:]:
+            run.metrics(step, {"eval/loss": 1 / step})
+        run.preview(2, picture(2))
+        run.metrics(0, {"eval/cursed": 1.0, "eval/fid": 0.5})
+        (root / "card.json").write_text("{}")
+        run.artifact(root / "card.json", "model")
+        run.register(b"weights of " + marker.encode(), SAMPLING)
+
+
+def sent(run: Run) -> None:
+    """Return once the store has all that was logged so far, or refused it."""
+    deadline = time.monotonic() + 60
+    while run.queue and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not run.queue, run.store.problem
+
+
+def found(client, marker: str, experiment: str = EXPERIMENT) -> dict[str, bool]:
+    """Which parts of an `evaluation` the store has, each of them whole and once. It has to say that it is finished."""
+    (run,) = runs(client, f"tags.marker = '{marker}'", experiment)
+    assert run.info.status == "FINISHED"
+    losses = sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, "eval/loss"))
+    images, files = (
+        [file.path for file in list_artifacts(f"{run.info.artifact_uri}/{folder}", tracking_uri=client.tracking_uri)]
+        for folder in ("images", "model")
+    )
+    version = client.search_model_versions(f"name = '{MODEL_NAME}' and tags.checkpoint_sha256 = '{marker}'")
+    assert len(version) <= 1 and len(losses) == len(STEPS)
+    assert run.data.metrics["eval/fid"] == 0.5 and run.data.tags["samples"] == "1000" and run.data.params["sample.steps"] == "7"
+    return {
+        "params": len(run.data.params) == len(SAMPLING) + 1,
+        "metrics": losses == [(step, 1 / step) for step in STEPS] and {"eval/cursed", "eval/fid"} <= run.data.metrics.keys(),
+        "tags": {"samples", "evaluator_sha256", "cursed"} <= run.data.tags.keys(),
+        "dataset": len(run.inputs.dataset_inputs) == 1,
+        "previews": len([path for path in images if path.endswith(".png")]) == 2,
+        "files": [Path(path).name for path in files] == ["card.json"],
+        "version": bool(version) and version[0].tags["fid"] == "0.5",
+    }
+
+
+def all_but(*lacking: str) -> dict[str, bool]:
+    return {part: part not in lacking for part in PARTS}
+
+
+def kept(root: Path) -> Path:
+    """The folder of the run that is still to be sent."""
+    (folder,) = (path for path in (root / ".resume").iterdir() if path.is_dir())
+    return folder
+
+
+# A proxy that refuses something
+
+
+@dataclass
+class Fault:
+    """Requests that are answered with a status, without asking the server."""
+
+    method: str
+    path: str  # a part of it
+    status: int
+    body: bytes = b""  # a part of it
+    answer: bytes = b'{"error_code": "INVALID_PARAMETER_VALUE", "message": "no, never"}'
+
+
+HTML = b"<html>no such page</html>"
+DENIED = b'{"error_code": "PERMISSION_DENIED", "message": "no"}'
+FILES = "/mlflow-artifacts/artifacts/"
+FAULTS = {  # what is refused, what isn't there until that ends, and of it what is there if it began at the end of the run
+    "refused": (
+        [
+            Fault("PUT", "/images/", 413, answer=HTML),  # too large for a proxy
+            Fault("PUT", "/model/", 400),
+            *(Fault("POST", "runs/log-batch", 400, name) for name in (b'"eval/cursed"', b'"evaluate.cursed"', b'"cursed"')),
+            Fault("POST", "runs/log-inputs", 400),
+        ],
+        ["previews", "files", "metrics", "params", "tags", "dataset"],
+        ["params", "tags", "dataset"],
+    ),
+    "later": ([Fault(m, FILES, 503, answer=HTML) for m in ("PUT", "GET")], ["previews", "files", "version"], []),
+    "denied": (
+        [
+            *(Fault(m, FILES, 403, answer=DENIED) for m in ("PUT", "GET")),
+            *(Fault(m, "registered-models", 403, answer=DENIED) for m in ("POST", "GET")),
+        ],
+        ["previews", "files", "version"],
+        [],
+    ),
+}
+TOLD = {"refused": "refused sample previews: 413 ", "later": "503 ", "denied": "lacks the permission"}
+
+
+@dataclass
+class Proxy:
+    address: str
+    faults: list[Fault] = field(default_factory=list)
+    away: bool = False
+
+
+@contextmanager
+def proxy(server: str) -> Iterator[Proxy]:
+    """In front of a server. Its address may be used while it has faults."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version, wbufsize = "HTTP/1.1", 1 << 16  # each answer in one piece, else it waits for an acknowledgement
+
+        def handle_any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if proxied.away:
+                self.close_connection = True
+                return
+            for fault in proxied.faults:
+                if self.command == fault.method and fault.path in self.path and fault.body in body:
+                    self.respond(fault.status, "text/plain", fault.answer)
+                    return
+            connection = http.client.HTTPConnection(server.removeprefix("http://"))
+            headers = {name: value for name, value in self.headers.items() if name not in ("Host", "Accept-Encoding")}
+            connection.request(self.command, self.path, body, headers)
+            answer = connection.getresponse()
+            self.respond(answer.status, answer.headers.get("Content-Type", "text/plain"), answer.read())
+            connection.close()
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any
+
+        def respond(self, status: int, kind: str, content: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
+        proxied = Proxy(f"http://127.0.0.1:{listener.server_address[1]}")
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        yield proxied
+        listener.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("server")
+    with Server(f"http://127.0.0.1:{free_port()}", folder, f"sqlite:///{folder / 'server.db'}") as server:
+        yield server.address
+
+
+@pytest.mark.parametrize("when", ["during the run", "at its end", "by ship.py"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_is_not_taken_holds_up_nothing_else_and_arrives_later(server, tmp_path, monkeypatch, capsys, name, when):
+    faults, lacking, before = FAULTS[name]
+    marker = f"{name}, {when}"
+    with proxy(server) as front:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", front.address)
+        if when == "by ship.py":
+            front.away = True
+            with evaluation(tmp_path, marker):
+                pass
+            front.away, front.faults = False, faults
+            with pytest.raises(UserError) as caught:
+                ship(kept(tmp_path), tmp_path)
+            assert TOLD[name] in f"{caught.value}\n{capsys.readouterr().err}"
+        else:
+            front.faults = faults if when == "during the run" else []
+            with evaluation(tmp_path, marker) as run:
+                sent(run)
+                front.faults = faults
+            *warnings, last = capsys.readouterr().err.splitlines()
+            assert any(TOLD[name] in line for line in warnings)
+            assert len(set(warnings)) == len(warnings) <= len(lacking), warnings
+            assert last.endswith(f"it is kept, and `python src/ship.py {kept(tmp_path)}` sends it")
+            run.thread.join(30)  # which goes on for a moment, where a stage would have ended
+        there = before if when == "at its end" else []
+        front.faults = []
+        client = connect(tmp_path)
+        assert found(client, marker) == all_but(*(part for part in lacking if part not in there))
+
+        ship(kept(tmp_path), tmp_path)
+        assert found(client, marker) == all_but()
+        assert not [path for path in (tmp_path / ".resume").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("path", "lacking"),
+    [("runs/log-inputs", "dataset"), ("registered-models", "version")],
+)
+def test_what_a_server_is_too_old_for_is_told_once_and_not_kept(server, tmp_path, monkeypatch, capsys, path, lacking):
+    with proxy(server) as front:
+        front.faults = [Fault(method, path, 404, answer=HTML) for method in ("GET", "POST", "PATCH")]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", front.address)
+        with evaluation(tmp_path, f"without {lacking}"):
+            pass
+        (warning,) = capsys.readouterr().err.splitlines()
+        assert "perhaps because it is too old" in warning and "404" in warning
+        assert list((tmp_path / ".resume").glob("*/")) == []
+        front.faults = []
+        assert found(connect(tmp_path), f"without {lacking}") == all_but(lacking)
+
+
+# Old servers and databases
+
+
+@pytest.fixture(scope="session")
+def old_mlflow() -> Path:
+    """The `mlflow` command of a version that teams and hosted services still have, in an environment of its own."""
+    folder = ROOT / ".cache/mlflow-2.22"
+    with FileLock(f"{folder}.lock"):
+        command = folder / "bin/mlflow"
+        if not command.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            uv = [sys.executable, "-m", "uv"]
+            try:
+                subprocess.run([*uv, "venv", "-q", "--python", sys.executable, folder], check=True)
+                packages = ["mlflow==2.22.*", "sqlalchemy<2.1"]
+                subprocess.run([*uv, "pip", "install", "-q", "--python", folder / "bin/python", *packages], check=True)
+            except subprocess.SubprocessError as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                pytest.skip(f"MLflow 2.22 can't be installed here: {error}")
+    return command
+
+
+@contextmanager
+def old_server(command: Path, folder: Path, *options: str) -> Iterator[str]:
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    arguments = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *options]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PYTHON"))}
+    process = subprocess.Popen(
+        [command, *arguments, "--backend-store-uri", f"sqlite:///{folder}/old.db"],
+        cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        for _ in range(600):
+            assert process.poll() is None
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield address
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+
+
+def test_an_old_server_gets_everything_and_its_database_is_upgraded_after_a_copy(old_mlflow, tmp_path, monkeypatch, capsys):
+    options = ("--artifacts-destination", str(tmp_path / "artifacts"))
+    with old_server(old_mlflow, tmp_path, *options) as address, proxy(address) as front:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", front.address)
+        with evaluation(tmp_path, "old") as run:
+            sent(run)
+        assert capsys.readouterr().err == ""
+        assert found(connect(tmp_path), "old") == all_but()
+        assert champion(tmp_path)[0] == f"{MODEL_NAME}, version 1"
+
+        front.away = True
+        with evaluation(tmp_path, "old and away"):
+            pass
+        front.away = False
+        ship(kept(tmp_path), tmp_path)
+        assert found(connect(tmp_path), "old and away") == all_but()
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (tmp_path / "old.db").rename(tmp_path / "mlflow.db")
+    capsys.readouterr()
+    with evaluation(tmp_path, "upgraded"):
+        pass
+    assert capsys.readouterr().err.startswith("note: mlflow.db was upgraded to MLflow 3.")
+    with closing(sqlite3.connect(tmp_path / "mlflow-before-upgrade.db")) as copy:
+        assert copy.execute("SELECT count(*) FROM runs").fetchone() == (2,)
+    client = connect(tmp_path)
+    assert len(runs(client, "tags.stage = 'evaluate'")) == 3
+    with evaluation(tmp_path, "again"):
+        pass
+    assert "upgraded" not in capsys.readouterr().err
+
+
+def test_a_database_of_a_newer_mlflow_is_left_alone_and_told(tmp_path, capsys):
+    with evaluation(tmp_path, "first"):
+        pass
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}/mlflow.db: written by a newer MLflow than 3\..*; install the version that"
+    ):
+        connect(tmp_path)
+    assert [path.name for path in tmp_path.glob("mlflow*.db")] == ["mlflow.db"]
+
+
+# Artifacts that can't be where they should
+
+
+@pytest.mark.parametrize(
+    ("location", "reason"), [("{folder}/file/artifacts", "Not a directory"), ("s3://bucket", "No module named 'boto")]
+)
+def test_where_files_can_not_be_put_all_else_arrives(server, tmp_path, monkeypatch, capsys, location, reason):
+    """The server leaves the files to its clients, whose machines lack the folder, or the library for the bucket."""
+    (file := tmp_path / "file").write_text("")
+    marker = experiment = f"files in {location[:4]}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", experiment)
+    client = connect(tmp_path)
+    client.create_experiment(experiment, artifact_location=location.format(folder=tmp_path))
+    with evaluation(tmp_path, marker) as run:
+        sent(run)
+    warnings = capsys.readouterr().err.splitlines()
+    assert [reason in line for line in warnings] == [True] * 4, warnings  # three kinds, and what will send them
+    (stored,) = runs(client, f"tags.marker = '{marker}'", experiment)
+    assert stored.info.status == "FINISHED" and len(client.get_metric_history(stored.info.run_id, "eval/loss")) == len(STEPS)
+    if location.startswith("s3"):
+        with pytest.raises(UserError, match=reason):
+            ship(kept(tmp_path), tmp_path)
+    else:
+        assert found(client, marker, experiment) == all_but("previews", "files", "version")
+        file.unlink()
+        file.mkdir()
+        ship(kept(tmp_path), tmp_path)
+        assert found(client, marker, experiment) == all_but()
+
+
+# A repository that moves
+
+
+def test_a_moved_repository_finds_its_old_runs_and_keeps_its_new_ones(tmp_path, capsys):
+    (first := tmp_path / "first place").mkdir()
+    with evaluation(first, "before"):
+        pass
+    second = first.rename(tmp_path / "second")
+    (first).write_text("in the way")
+    assert champion(second)[1].read_bytes() == b"weights of before"
+    note = capsys.readouterr().err
+    assert note.startswith(
+        f"note: mlflow.db named artifacts in {first}, and now names those in {second}; mlflow-before-move.db is"
+    )
+    with evaluation(second, "after"):
+        pass
+    client = connect(second)
+    for marker in ("before", "after"):
+        assert found(client, marker) == all_but()
+        (run,) = runs(client, f"tags.marker = '{marker}'")
+        assert run.info.artifact_uri.startswith(second.as_uri())
+    assert capsys.readouterr().err == ""
+    assert first.read_text() == "in the way"
+    with closing(sqlite3.connect(second / "mlflow-before-move.db")) as copy:
+        assert copy.execute("SELECT artifact_uri FROM runs").fetchone()[0].startswith(first.as_uri())
+
+
+def test_a_copied_repository_has_its_own_files(tmp_path, capsys):
+    (first := tmp_path / "first").mkdir()
+    with evaluation(first, "before"):
+        pass
+    second = shutil.copytree(first, tmp_path / "second")
+    with evaluation(second, "after"):
+        pass
+    assert found(connect(second), "after") == all_but()
+    assert len(list((first / "mlartifacts").rglob("card.json"))) == 1
+    assert len(list((second / "mlartifacts").rglob("card.json"))) == 2
+    assert capsys.readouterr().err.count("note: ") == 1
+    assert found(connect(first), "before") == all_but()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_database_that_others_use_too_is_not_changed_and_a_lost_folder_not_made_again(tmp_path, monkeypatch, capsys):
+    (first := tmp_path / "first").mkdir()
+    (second := tmp_path / "second").mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/shared.db")
+    with evaluation(first, "before"):
+        pass
+    shutil.rmtree(first)
+    with evaluation(second, "after"):
+        pass
+    assert f"{first}: this folder, where the experiment keeps its artifacts, doesn't exist" in capsys.readouterr().err
+    assert not first.exists()
+    (run,) = runs(connect(second), "tags.marker = 'after'")
+    assert run.info.status == "FINISHED" and run.data.metrics["eval/fid"] == 0.5
+    first.mkdir()
+    ship(kept(second), second)
+    assert found(connect(second), "after") == all_but()
+
+
+# What somebody deleted
+
+
+def test_a_deleted_run_stays_deleted_until_it_is_restored(tmp_path, capsys):
+    with evaluation(tmp_path, "deleted") as run:
+        sent(run)
+        client = connect(tmp_path)
+        client.delete_run(run.store.run.run_id)
+    first, last = capsys.readouterr().err.splitlines()
+    assert "this run was deleted there; restore it first" in first and first in first
+    assert last.endswith(f"`python src/ship.py {kept(tmp_path)}` sends it")
+    assert runs(client, "") == []
+    with pytest.raises(UserError, match="this run was deleted there; restore it first"):
+        ship(kept(tmp_path), tmp_path)
+    assert runs(client, "") == []
+    client.restore_run(run.store.run.run_id)
+    ship(kept(tmp_path), tmp_path)
+    assert found(client, "deleted") == all_but()
+
+
+def test_nothing_goes_into_a_deleted_experiment(tmp_path, capsys, monkeypatch):
+    client = connect(tmp_path)
+    experiment = client.create_experiment(EXPERIMENT, artifact_location=(tmp_path / "mlartifacts" / EXPERIMENT).as_uri())
+    client.delete_experiment(experiment)
+    with evaluation(tmp_path, "waiting"):
+        pass
+    reason = f"the experiment {EXPERIMENT} was deleted; restore it in MLflow, or name another in MLFLOW_EXPERIMENT_NAME"
+    for line in capsys.readouterr().err.splitlines():
+        assert reason in line
+    folder = kept(tmp_path)
+    with pytest.raises(UserError, match="was deleted"):
+        ship(folder, tmp_path)
+    again = shutil.copytree(folder, folder.with_name("copy"))
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
+    ship(again, tmp_path)
+    assert found(client, "waiting", "another") == all_but()
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    client.delete_registered_model(MODEL_NAME)
+    client.restore_experiment(experiment)
+    ship(folder, tmp_path)
+    assert found(client, "waiting") == all_but()
+
+
+def test_an_experiment_may_be_named_by_its_id(tmp_path, monkeypatch, capsys):
+    client = connect(tmp_path)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", client.create_experiment("by id", artifact_location=(tmp_path / "own").as_uri()))
+    with evaluation(tmp_path, "id"):
+        pass
+    assert found(client, "id", "by id") == all_but()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "77")
+    reason = r"^MLflow at .*: MLFLOW_EXPERIMENT_ID: there is no experiment 77; "
+    with pytest.raises(UserError, match=reason), start_run("train", {}, tmp_path, tmp_path / "run", required=True):
+        raise AssertionError("it began")
