@@ -144,7 +144,7 @@ def page(columns: list[Column]) -> str:
 def stages() -> dict[str, str]:
     """What each stage makes, as dvc.yaml describes it."""
     try:
-        return {name: stage["desc"] for name, stage in yaml.safe_load(PIPELINE.read_text())["stages"].items()}
+        return {name: stage["desc"] for name, stage in yaml.safe_load(PIPELINE.read_text("utf-8"))["stages"].items()}
     except (OSError, KeyError, TypeError, yaml.YAMLError):
         raise UserError(f"{PIPELINE}: missing here, or not readable; run from the repository's root") from None
 

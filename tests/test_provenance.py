@@ -1,9 +1,12 @@
 """Names, tags and descriptions of runs, in real repositories; the commands in them really lead back to the parameters."""
 
+import ast
+import os
 import random
 import re
 import shlex
 import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -53,6 +56,55 @@ def test_an_unchanged_run_is_named_by_its_commit(repository):
     assert tags["git_dirty"] == "false"
     assert not {"preset", "changed", "dvc_exp_name"} & tags.keys()
     assert f"git checkout {commit[:7]} && dvc repro " in tags["mlflow.note.content"]
+
+
+def test_a_project_in_a_larger_repository_is_described_as_one_of_its_own(repository, monkeypatch):
+    """Its parameters are those of its own folder, and the rest of the repository isn't its business."""
+    for path in list(repository.iterdir()):
+        if path.name != ".git":
+            (repository / "projects/garments").mkdir(parents=True, exist_ok=True)
+            path.rename(repository / "projects/garments" / path.name)
+    (repository / "other.py").write_text("1\n")
+    (repository / "params.yaml").write_text("train: {}\n")
+    git(repository, "add", "--all")
+    git(repository, "commit", "-qm", "moved")
+    monkeypatch.chdir(repository / "projects/garments")
+    (repository / "other.py").write_text("2\n")
+    name, tags = describe("train", changed({"train": {"seed": 5}}))
+    assert (name, tags["changed"], tags["git_dirty"]) == ("train train.seed=5", "train.seed=5", "false")
+    assert "dvc exp run -S train.seed=5" in tags["mlflow.note.content"]
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("seed: 0", "seed: 6"))
+    Path("code.py").write_text("2\n")
+    _, tags = describe("train", PARAMS)
+    assert "Uncommitted edits: `code.py`" in tags["mlflow.note.content"]
+    assert tags["git_dirty"] == "true"
+
+
+def test_text_is_read_as_utf_8_whatever_the_locale(repository):
+    (repository / "größe.py").write_text("1\n")
+    (repository / "params.yaml").write_text("# Größe\n" + (repository / "params.yaml").read_text("utf-8"), "utf-8")
+    (repository / "presets/large.yaml").write_text("# Größe\ntrain: {seed: 5}\n", "utf-8")
+    git(repository, "add", "--all")
+    git(repository, "commit", "-qm", "größer")
+    (repository / "größe.py").write_text("2\n")
+    program = f"""
+import sys, yaml
+from ddpm.runtime.cli import clean_errors
+from ddpm.tracking.provenance import describe
+with clean_errors():
+    params = yaml.safe_load(open({str(ROOT / "params.yaml")!r}, encoding="utf-8"))
+    name, tags = describe("train", {{**params, "train": {{**params["train"], "seed": 5}}}})
+    print(ascii((name, tags["changed"], tags["mlflow.note.content"])))
+    print(chr(0x2605), "garments")  # what the terminal lacks becomes a question mark
+"""
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said, shown = done.stdout.decode("ascii").splitlines()
+    name, what, note = ast.literal_eval(said)
+    assert (name, what) == ("train large", "train.seed=5")
+    assert "Uncommitted edits: `größe.py`" in note
+    assert shown == "? garments"
 
 
 def test_a_run_is_named_by_what_was_changed_of_what_it_hangs_on(repository):

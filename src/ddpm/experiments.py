@@ -76,7 +76,7 @@ def _rank(e: Experiment) -> tuple[float, float]:
 def _exp_show() -> list[dict[str, Any]]:
     """The rows of `dvc exp show --json`: the workspace, then commits, each with the experiments that started from it."""
     command = [sys.executable, "-m", "dvc", "exp", "show", "--json", "--all-commits"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
         errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
         raise UserError(errors[0] if errors else "`dvc exp show` failed")

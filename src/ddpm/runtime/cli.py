@@ -43,6 +43,8 @@ def clean_errors() -> Iterator[None]:
     A signal ends the program at once; during an import or a garbage-collector callback, a moment later.
     """
     status = 0
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # the terminal may know ASCII only
     sys.unraisablehook = partial(_repeat_lost_signal, sys.unraisablehook)
     for number in SIGNALS:
         signal.signal(number, _stop)

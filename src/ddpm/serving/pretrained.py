@@ -11,6 +11,6 @@ from ddpm.paths import PRETRAINED_CARD
 def pretrained_sampling(root: Path = Path()) -> SampleParams:
     """The sampling parameters on the model's card. Raises UserError if the card is missing or corrupt."""
     try:
-        return SampleParams.model_validate(json.loads((root / PRETRAINED_CARD).read_text())["params"]["sample"])
+        return SampleParams.model_validate(json.loads((root / PRETRAINED_CARD).read_text("utf-8"))["params"]["sample"])
     except (OSError, ValueError, LookupError, TypeError):  # pydantic raises a ValueError
         raise UserError(f"{PRETRAINED_CARD}: missing or corrupt; `git checkout {PRETRAINED_CARD}` restores it") from None

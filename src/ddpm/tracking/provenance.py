@@ -35,8 +35,10 @@ def describe(stage: str, params: dict[str, Any]) -> tuple[str, dict[str, str]]:
     relevant = {name: value for name, value in flatten(params).items() if name.partition(".")[0] in SECTIONS.get(stage, ())}
     changed = _changed(relevant, commit)
     preset, unexplained = _preset(relevant, changed)
-    status = git("status", "--porcelain", "--untracked-files=no")
-    edited = [line[2:].strip() for line in (status or "").splitlines() if not line[2:].strip().startswith(WRITTEN_BY_RUNS)]
+    status = git("-c", "core.quotepath=off", "status", "--porcelain", "--untracked-files=no", ".")
+    within = git("rev-parse", "--show-prefix") or ""  # in a larger repository: this folder, such as `projects/garments/`
+    paths = [line[2:].strip().removeprefix(within) for line in (status or "").splitlines()]
+    edited = [path for path in paths if not path.startswith(WRITTEN_BY_RUNS)]
     tags = {
         "mlflow.note.content": _note(experiment, commit, preset, changed, edited, "train" in params),
         "mlflow.source.git.commit": head or "unknown",
@@ -55,7 +57,7 @@ def describe(stage: str, params: dict[str, Any]) -> tuple[str, dict[str, str]]:
 
 def _changed(params: dict[str, Any], commit: str | None) -> dict[str, Any]:
     """Those of the flat parameters that have another value in the commit's params.yaml, or are missing there."""
-    text = git("show", f"{commit}:params.yaml") if commit else None
+    text = git("show", f"{commit}:./params.yaml") if commit else None
     try:
         before = flatten(yaml.safe_load(text or ""))
     except (yaml.YAMLError, AttributeError):  # there is no commit, or it has no readable parameters
@@ -67,7 +69,7 @@ def _preset(params: dict[str, Any], changed: dict[str, Any]) -> tuple[str, dict[
     """The name of the preset that the parameters agree with, or "", and the changes that it doesn't explain."""
     for path in sorted(PRESETS.glob("*.yaml")):
         try:
-            values = {name: value for name, value in flatten(yaml.safe_load(path.read_text())).items() if name in params}
+            values = {name: value for name, value in flatten(yaml.safe_load(path.read_text("utf-8"))).items() if name in params}
         except (OSError, ValueError, AttributeError, yaml.YAMLError):  # a broken preset stops no run
             continue
         if values and all(params[name] == value for name, value in values.items()):
@@ -123,7 +125,7 @@ def _short(commit: str | None) -> str:
 def drawn_from(model: bytes, sampling: SampleParams) -> bool:
     """Whether `dvc.lock` says that the samples in the workspace were drawn from this model with these parameters."""
     try:
-        stage = yaml.safe_load(LOCK.read_text())["stages"]["sample"]
+        stage = yaml.safe_load(LOCK.read_text("utf-8"))["stages"]["sample"]
         recorded = {item["path"]: item["md5"] for item in stage["deps"] + stage["outs"]}
         present = {MODEL.as_posix(): hashlib.md5(model).hexdigest(), SAMPLES.as_posix(): file_md5(SAMPLES)}
         return present.items() <= recorded.items() and stage["params"]["params.yaml"]["sample"] == sampling.model_dump()
@@ -147,6 +149,7 @@ def setting(name: str, value: Any) -> str:
 def git(*arguments: str) -> str | None:
     """What a git command prints; None if it fails, or git isn't installed."""
     try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.rstrip()
+        done = subprocess.run(["git", *arguments], capture_output=True, check=True, timeout=10)
+        return done.stdout.decode(errors="replace").rstrip()
     except (OSError, subprocess.SubprocessError):
         return None
