@@ -44,7 +44,11 @@ def main() -> None:
         *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
         *("--artifacts-destination", str(root / ARTIFACTS)),
     ]
-    experiment = experiment_id(root)
+    experiment = None
+    try:
+        experiment = experiment_id(root)
+    except UserError as error:  # such as that it was deleted, which can be undone on the server's pages
+        print(f"note: {error}", file=sys.stderr)
     server = start_server(command, uri)
     try:
         wait_until_ready(server, f"http://{HOST}:{port}", command)

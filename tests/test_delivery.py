@@ -18,13 +18,15 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from mlflow.artifacts import list_artifacts
+from mlflow.entities import RunTag, ViewType
+from mlflow.exceptions import MlflowException
 
 from ddpm.errors import UserError
 from ddpm.tracking import registry
 from ddpm.tracking import run as runs_module
 from ddpm.tracking import store as store_module
 from ddpm.tracking.client import connect
-from ddpm.tracking.connection import EXPERIMENT
+from ddpm.tracking.connection import EXPERIMENT, Answer, answer
 from ddpm.tracking.registry import MODEL_NAME, champion
 from ddpm.tracking.run import Run, ship, start_run
 from helpers import TRACKING_VARIABLES, Server, free_port, picture, runs
@@ -70,10 +72,10 @@ def evaluation(root: Path, marker: str) -> Iterator[Run]:
         run.register(b"weights of " + marker.encode(), SAMPLING)
 
 
-def sent(run: Run) -> None:
+def sent(run: Run, files: bool = True) -> None:
     """Return once the store has all that was logged so far, or refused it."""
     deadline = time.monotonic() + 60
-    while run.queue and time.monotonic() < deadline:
+    while (run.queue or (files and run.store.waiting)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not run.queue, run.store.problem
 
@@ -123,6 +125,7 @@ class Fault:
     status: int
     body: bytes = b""  # a part of it
     answer: bytes = b'{"error_code": "INVALID_PARAMETER_VALUE", "message": "no, never"}'
+    seconds: float = 0  # until the answer
 
 
 HTML = b"<html>no such page</html>"
@@ -173,6 +176,7 @@ def proxy(server: str) -> Iterator[Proxy]:
                 return
             for fault in proxied.faults:
                 if self.command == fault.method and fault.path in self.path and fault.body in body:
+                    time.sleep(fault.seconds)
                     self.respond(fault.status, "text/plain", fault.answer)
                     return
             connection = http.client.HTTPConnection(server.removeprefix("http://"))
@@ -226,7 +230,7 @@ def test_what_is_not_taken_holds_up_nothing_else_and_arrives_later(server, tmp_p
         else:
             front.faults = faults if when == "during the run" else []
             with evaluation(tmp_path, marker) as run:
-                sent(run)
+                sent(run, files=when == "at its end")
                 front.faults = faults
             *warnings, last = capsys.readouterr().err.splitlines()
             assert any(TOLD[name] in line for line in warnings)
@@ -258,6 +262,54 @@ def test_what_a_server_is_too_old_for_is_told_once_and_not_kept(server, tmp_path
         assert list((tmp_path / ".resume").glob("*/")) == []
         front.faults = []
         assert found(connect(tmp_path), f"without {lacking}") == all_but(lacking)
+
+
+MLFLOWS = b'{"error_code": "%s", "message": "no"}'
+OTHERS = (HTML, b'{"message": "no"}', b'{"detail": "no"}', b"")  # of proxies and gateways
+
+
+@pytest.mark.parametrize(
+    ("meaning", "statuses", "answers"),
+    [
+        (Answer.LATER, (408, 425, 429, 500, 502, 503, 504), OTHERS),
+        (Answer.LATER, (503,), [MLFLOWS % b"TEMPORARILY_UNAVAILABLE"]),
+        (Answer.DENIED, (401, 403), OTHERS),
+        (Answer.DENIED, (403,), [MLFLOWS % b"PERMISSION_DENIED"]),
+        (Answer.REFUSED, (400, 409, 413, 422), OTHERS),
+        (Answer.REFUSED, (400,), [MLFLOWS % b"INVALID_PARAMETER_VALUE"]),
+        (Answer.REFUSED, (404,), [MLFLOWS % b"RESOURCE_DOES_NOT_EXIST"]),
+        (Answer.LACKING, (404, 405, 501), OTHERS),
+        (Answer.LACKING, (404,), [MLFLOWS % b"ENDPOINT_NOT_FOUND"]),
+    ],
+)
+def test_what_an_answer_means(server, tmp_path, monkeypatch, meaning, statuses, answers):
+    """Whether MLflow wrote it or a proxy before it."""
+    with proxy(server) as front:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", front.address)
+        client = connect(tmp_path)
+        for status in statuses:
+            for content in answers:
+                front.faults = [Fault("POST", "runs/log-batch", status, answer=content)]
+                with pytest.raises(MlflowException) as caught:
+                    client.log_batch("0", tags=[RunTag("a", "b")])
+                assert answer(caught.value) is meaning, (status, content)
+
+
+def test_the_end_of_a_run_waits_for_no_file(server, tmp_path, monkeypatch):
+    """Of many, each of which is denied after a while."""
+    with proxy(server) as front:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", front.address)
+        with start_run("train", {}, tmp_path, tmp_path / "run") as run:
+            run.tags({"marker": "many"})
+            sent(run)
+            front.faults = [Fault(method, FILES, 403, answer=DENIED, seconds=0.3) for method in ("GET", "PUT")]
+            for step in range(40):
+                run.preview(step, picture(step))
+            time.sleep(1)
+            run.metrics(1, {"train/loss": 1.0})
+        (stored,) = runs(connect(tmp_path), "tags.marker = 'many'")
+        assert (stored.info.status, stored.data.metrics["train/loss"]) == ("FINISHED", 1.0)
+        run.thread.join(30)
 
 
 # Old servers and databases
@@ -328,13 +380,27 @@ def test_an_old_server_gets_everything_and_its_database_is_upgraded_after_a_copy
     with evaluation(tmp_path, "upgraded"):
         pass
     assert capsys.readouterr().err.startswith("note: mlflow.db was upgraded to MLflow 3.")
-    with closing(sqlite3.connect(tmp_path / "mlflow-before-upgrade.db")) as copy:
+    with closing(sqlite3.connect(next(tmp_path.glob("mlflow-before-upgrade-*.db")))) as copy:
         assert copy.execute("SELECT count(*) FROM runs").fetchone() == (2,)
     client = connect(tmp_path)
     assert len(runs(client, "tags.stage = 'evaluate'")) == 3
     with evaluation(tmp_path, "again"):
         pass
     assert "upgraded" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database, though it says so" * 100])
+def test_an_empty_database_is_filled_and_a_damaged_one_told(tmp_path, capsys, content):
+    (tmp_path / "mlflow.db").write_bytes(content)
+    with evaluation(tmp_path, "run"):
+        pass
+    warnings = capsys.readouterr().err
+    if content:
+        assert "file is not a database" in warnings
+        assert (tmp_path / "mlflow.db").read_bytes() == content
+    else:
+        assert warnings == ""
+        assert found(connect(tmp_path), "run") == all_but()
 
 
 def test_a_database_of_a_newer_mlflow_is_left_alone_and_told(tmp_path, capsys):
@@ -431,7 +497,7 @@ def test_a_database_that_others_use_too_is_not_changed_and_a_lost_folder_not_mad
     shutil.rmtree(first)
     with evaluation(second, "after"):
         pass
-    assert f"{first}: this folder, where the experiment keeps its artifacts, doesn't exist" in capsys.readouterr().err
+    assert f"{first}: this folder, which had the experiment's artifacts, doesn't exist" in capsys.readouterr().err
     assert not first.exists()
     (run,) = runs(connect(second), "tags.marker = 'after'")
     assert run.info.status == "FINISHED" and run.data.metrics["eval/fid"] == 0.5
@@ -449,10 +515,12 @@ def test_a_deleted_run_stays_deleted_until_it_is_restored(tmp_path, capsys):
         client = connect(tmp_path)
         client.delete_run(run.store.run.run_id)
     first, last = capsys.readouterr().err.splitlines()
-    assert "this run was deleted there; restore it first" in first and first in first
+    assert first.endswith(
+        "somebody deleted this run in MLflow; restore it there first; the run continues and sends everything once this is fixed"
+    )
     assert last.endswith(f"`python src/ship.py {kept(tmp_path)}` sends it")
     assert runs(client, "") == []
-    with pytest.raises(UserError, match="this run was deleted there; restore it first"):
+    with pytest.raises(UserError, match="somebody deleted this run in MLflow; restore it there first"):
         ship(kept(tmp_path), tmp_path)
     assert runs(client, "") == []
     client.restore_run(run.store.run.run_id)
@@ -467,11 +535,12 @@ def test_nothing_goes_into_a_deleted_experiment(tmp_path, capsys, monkeypatch):
     with evaluation(tmp_path, "waiting"):
         pass
     reason = f"the experiment {EXPERIMENT} was deleted; restore it in MLflow, or name another in MLFLOW_EXPERIMENT_NAME"
-    for line in capsys.readouterr().err.splitlines():
-        assert reason in line
+    first, last = capsys.readouterr().err.splitlines()
+    assert reason in first and reason in last
     folder = kept(tmp_path)
     with pytest.raises(UserError, match="was deleted"):
         ship(folder, tmp_path)
+    assert client.search_runs([experiment], run_view_type=ViewType.ALL) == []
     again = shutil.copytree(folder, folder.with_name("copy"))
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
     ship(again, tmp_path)

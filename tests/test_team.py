@@ -192,7 +192,7 @@ def test_strangers_are_refused_and_told_and_what_they_did_ships_later(server: Se
         assert process.returncode == 0
         (kept,) = (tmp_path / f"{n}/.resume").glob("unshipped-*/")
         assert errors.splitlines() == [
-            f"warning: MLflow at {server.address}: {why}; the run continues and sends everything once this is mended",
+            f"warning: MLflow at {server.address}: {why}; the run continues and sends everything once this is fixed",
             f"warning: MLflow at {server.address} has not received all of this run ({why}); "
             f"it is kept, and `python src/ship.py {kept}` sends it",
         ]

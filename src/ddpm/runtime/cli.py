@@ -43,8 +43,8 @@ def clean_errors() -> Iterator[None]:
     A signal ends the program at once; during an import or a garbage-collector callback, a moment later.
     """
     status = 0
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # the terminal may know ASCII only
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # the terminal may know ASCII only
     sys.unraisablehook = partial(_repeat_lost_signal, sys.unraisablehook)
     for number in SIGNALS:
         signal.signal(number, _stop)
@@ -84,7 +84,7 @@ def _exit(status: int) -> NoReturn:
     """Exit as the interpreter does, but without taking the imported modules down, which takes it two seconds with PyTorch."""
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except OSError:  # nobody reads it any more, or the disk is full

@@ -43,10 +43,9 @@ def connect(root: Path) -> "MlflowClient":
     (root / CACHE).mkdir(exist_ok=True)
     with FileLock(root / CACHE / "mlflow.lock"):  # two processes that create one database at the same time crash
         database = Path(uri.removeprefix(SQLITE))
-        if database.exists():
+        if database == root / "mlflow.db" and database.exists():  # another one may belong to others, too
             upgrade(database)
-            if database == root / "mlflow.db":
-                relocate(database, root)
+            relocate(database, root)
         return mlflow.MlflowClient(uri, uri)
 
 
@@ -82,25 +81,28 @@ def local_folder(uri: str) -> Path | None:
 
 def upgrade(database: Path) -> None:
     """Upgrade the schema of a SQLite database to that of the installed MLflow. Raises UserError if it is a newer one."""
+    from alembic.script import ScriptDirectory
+    from alembic.util import CommandError
     from mlflow.store.db import utils
+    from mlflow.version import VERSION
 
     with closing(sqlite3.connect(database)) as connection:
         try:
             (found,) = connection.execute("SELECT version_num FROM alembic_version").fetchone() or (None,)
-        except sqlite3.DatabaseError:  # not a database of MLflow's, or damaged: MLflow's own message says more
+        except sqlite3.DatabaseError:  # empty, not a database of MLflow's, or damaged: MLflow's own message says more
             return
-    if found in (None, utils._get_latest_schema_revision()):
+    known = ScriptDirectory.from_config(utils._get_alembic_config(db_url=""))
+    if found in (None, known.get_current_head()):
         return
-    from alembic.util import CommandError
-    from mlflow.version import VERSION
-
-    copy = copied(database, "upgrade")
     try:
-        utils._upgrade_db(utils.create_sqlalchemy_engine_with_retry(f"{SQLITE}{database}"))
-    except CommandError:  # it doesn't know the revision
-        copy.unlink()
+        known.get_revision(found)
+    except CommandError:
         raise UserError(f"{database}: written by a newer MLflow than {VERSION}; install the version that wrote it") from None
-    print(f"note: {database.name} was upgraded to MLflow {VERSION}; {copy.name} is a copy of it from before", file=sys.stderr)
+    copy = database.with_name(f"{database.stem}-before-upgrade-{found}.db")
+    if not copy.exists():  # else an upgrade from there was cut short
+        back_up(database, copy)
+    utils._upgrade_db(utils.create_sqlalchemy_engine_with_retry(f"{SQLITE}{database}"))
+    print(f"note: {database.name} was upgraded to MLflow {VERSION}; {copy.name} is a copy from before", file=sys.stderr)
 
 
 def relocate(database: Path, root: Path) -> None:
@@ -109,24 +111,33 @@ def relocate(database: Path, root: Path) -> None:
     A location stays as it is if its folder is still there and `root` has none in its place.
     """
     with closing(sqlite3.connect(database)) as connection:
-        experiments = connection.execute("SELECT name, artifact_location FROM experiments").fetchall()
-    roots = set()
-    for name, location in experiments:
-        there, here = local_folder(location or ""), root / ARTIFACTS / name
-        if there and there.parts[-2:] == here.parts[-2:] and not same(there, here) and (here.exists() or not there.exists()):
-            roots.add(there.parents[1])
-    if not roots:
+        try:
+            locations = [location or "" for (location,) in connection.execute("SELECT artifact_location FROM experiments")]
+        except sqlite3.DatabaseError:  # see above
+            return
+    moved = set()
+    for location in locations:
+        before, found, rest = location.rpartition(f"/{ARTIFACTS}/")
+        there = local_folder(location)
+        if not found or there is None:
+            continue
+        here = root / ARTIFACTS / unquote(rest)
+        if not same(there, here) and (here.exists() or not there.exists()):
+            moved.add(before)
+    if not moved:
         return
-    copy = copied(database, "move")
-    new = f"{root.as_uri()}/{ARTIFACTS}/"
+    copy = database.with_name(f"{database.stem}-before-move.db")
+    back_up(database, copy)
     with closing(sqlite3.connect(database)) as connection, connection:
-        for old in (f"{folder.as_uri()}/{ARTIFACTS}/" for folder in roots):
+        for before in moved:
+            old = f"{before}/{ARTIFACTS}/"
+            new = f"{root.as_uri() if before.startswith('file:') else root}/{ARTIFACTS}/"
             for table, column in LOCATIONS:
                 change = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
                 connection.execute(change, (new, len(old) + 1, len(old), old))
     print(
-        f"note: {database.name} named artifacts in {', '.join(map(str, sorted(roots)))}, and now names those in {root}; "
-        f"{copy.name} is a copy of it from before",
+        f"note: {database.name} named artifacts in {', '.join(sorted(str(local_folder(before)) for before in moved))}, "
+        f"and now names those in {root}; {copy.name} is a copy from before",
         file=sys.stderr,
     )
 
@@ -136,10 +147,10 @@ def same(folder: Path, other: Path) -> bool:
     return folder == other or (folder.exists() and other.exists() and folder.samefile(other))
 
 
-def copied(database: Path, reason: str) -> Path:
-    """A copy of a SQLite database beside it, which replaces an earlier one made for the same reason."""
-    copy = database.with_name(f"{database.stem}-before-{reason}{database.suffix}")
-    copy.unlink(missing_ok=True)
-    with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(copy)) as target:
+def back_up(database: Path, copy: Path) -> None:
+    """Copy a SQLite database that others may be using."""
+    unfinished = copy.with_suffix(".tmp")
+    unfinished.unlink(missing_ok=True)
+    with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(unfinished)) as target:
         source.backup(target)
-    return copy
+    unfinished.replace(copy)

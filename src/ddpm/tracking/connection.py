@@ -6,6 +6,7 @@ Every module that sends to MLflow or asks it imports this one first: MLflow read
 import logging
 import os
 import re
+import traceback
 from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ class Answer(Enum):
 
 
 LATER_STATUSES = (408, 425, 429)
+UNKNOWN_ADDRESS = ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED", "INTERNAL_ERROR")  # MLflow's codes for answers that aren't MLflow's
 
 
 def tracking_uri(root: Path) -> str:
@@ -75,31 +77,38 @@ def hide_info_logs() -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
 
 
-def http_status(error: BaseException) -> int | None:
+def http_status(error: BaseException | None) -> int | None:
     """The HTTP status of a server's answer, or what it would be if the store is no server; None if there was no answer."""
-    if (response := getattr(error, "response", None)) is not None:  # of requests: a file that is sent or fetched
-        return getattr(response, "status_code", None)
-    if unknown := re.search(r"failed with error code (\d{3}) ", str(error)):  # of an answer that MLflow can't read
-        return int(unknown[1])
-    code = getattr(error, "error_code", "INTERNAL_ERROR")  # of MLflow, which has this code for everything else
-    return None if code == "INTERNAL_ERROR" else error.get_http_status_code()  # type: ignore[attr-defined]
+    while error:
+        response = getattr(error, "response", None)  # of requests or boto, which send and fetch files
+        if isinstance(response, dict):
+            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        for frame, _ in traceback.walk_tb(error.__traceback__):  # MLflow's exceptions don't have it, but what raised them does
+            response = frame.f_locals.get("response") if response is None else response
+        if isinstance(status := getattr(response, "status_code", None), int):
+            return status
+        if getattr(error, "error_code", "INTERNAL_ERROR") != "INTERNAL_ERROR":  # which MLflow has for everything else
+            return error.get_http_status_code()  # type: ignore[attr-defined]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def answer(error: BaseException) -> Answer:
     """What an error means that was raised while something was sent to the store."""
+    from mlflow.exceptions import MlflowException
     from requests import RequestException
+    from urllib3.exceptions import HTTPError
 
     status = http_status(error)
     if status in ACCESS_ERRORS:
         return Answer.DENIED
-    if status in (404, 501) and getattr(error, "error_code", None) in ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED"):
+    if status in (404, 405, 501) and getattr(error, "error_code", None) in UNKNOWN_ADDRESS:
         return Answer.LACKING
     if status is not None:
         return Answer.REFUSED if 400 <= status < 500 and status not in LATER_STATUSES else Answer.LATER
-    if isinstance(error, RequestException | ConnectionError | TimeoutError):
+    if isinstance(error, MlflowException | RequestException | HTTPError | ConnectionError | TimeoutError):
         return Answer.LATER
-    # A folder that can't be written, or a library for the kind of place where the server wants files to go
-    return Answer.REFUSED if isinstance(error, OSError | ImportError) else Answer.LATER
+    return Answer.REFUSED  # a folder that can't be written, a library that is missing, or a value that nobody expected
 
 
 def root_cause(error: BaseException) -> str:

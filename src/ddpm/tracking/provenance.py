@@ -35,9 +35,9 @@ def describe(stage: str, params: dict[str, Any]) -> tuple[str, dict[str, str]]:
     relevant = {name: value for name, value in flatten(params).items() if name.partition(".")[0] in SECTIONS.get(stage, ())}
     changed = _changed(relevant, commit)
     preset, unexplained = _preset(relevant, changed)
-    status = git("-c", "core.quotepath=off", "status", "--porcelain", "--untracked-files=no", ".")
+    status = git("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no", ".")
     within = git("rev-parse", "--show-prefix") or ""  # in a larger repository: this folder, such as `projects/garments/`
-    paths = [line[2:].strip().removeprefix(within) for line in (status or "").splitlines()]
+    paths = [entry[3:].removeprefix(within) for entry in (status or "").split("\0") if entry]
     edited = [path for path in paths if not path.startswith(WRITTEN_BY_RUNS)]
     tags = {
         "mlflow.note.content": _note(experiment, commit, preset, changed, edited, "train" in params),

@@ -11,7 +11,7 @@ from ddpm.files import write_atomic
 from ddpm.params import SampleParams
 from ddpm.paths import CACHE, LIBRARY, MODEL, TRACKING
 from ddpm.tracking.client import connect
-from ddpm.tracking.connection import Answer, answer, root_cause, store_exists, tracking_uri, without_password
+from ddpm.tracking.connection import root_cause, store_exists, tracking_uri, without_password
 from ddpm.tracking.ranking import Evaluation, is_better
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _version(client: "MlflowClient", checkpoint_sha256: str) -> "ModelVersion | 
             if version.run_id and client.get_run(version.run_id).info.lifecycle_stage == "active":
                 return version
         except MlflowException as error:
-            if answer(error) is not Answer.REFUSED:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
         client.delete_model_version(MODEL_NAME, version.version)
     return None
@@ -119,7 +119,10 @@ def champion(root: Path) -> tuple[str, Path, SampleParams] | None:
     except UserError:
         raise
     except Exception as error:
-        if answer(error) in (Answer.REFUSED, Answer.LACKING):  # none was ever registered
+        if getattr(error, "error_code", None) in (
+            "RESOURCE_DOES_NOT_EXIST",
+            "INVALID_PARAMETER_VALUE",
+        ):  # none was ever registered
             return None
         raise UserError(f"MLflow at {without_password(uri)}: {root_cause(error)}; {SERVE_A_FILE}") from None
     name = f"{MODEL_NAME}, version {version.version}"

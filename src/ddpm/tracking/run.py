@@ -159,7 +159,7 @@ class Run:
             else:
                 folder = folder.rename(folder.with_name(f"unshipped-{self.store.start['journal'][:12]}"))
         if not self.all_sent.is_set():
-            problem = self.store.problem or self.store.refusal or "no answer"
+            problem = self.store.problem or (self.store.refusal and f"it {self.store.refusal}") or "no answer"
             print(
                 f"warning: MLflow at {self.store.address} has not received all of this run ({problem}); "
                 f"it is kept, and `python src/ship.py {folder}` sends it",
@@ -219,7 +219,7 @@ def ship(folder: Path, root: Path) -> str:
             raise UserError(f"MLflow at {store.address}: {root_cause(error)}") from None
         journal.file.close()
         if store.refusal:
-            raise UserError(f"MLflow at {store.address} has all of {folder} but for what it refused; {store.refusal}")
+            raise UserError(f"MLflow at {store.address} has this run, except what it {store.refusal}")
         if journal.entries[-1].get("end") == "FINISHED" and not list(folder.glob("*.pt")):
             shutil.rmtree(folder)
     return store.address

@@ -1,7 +1,8 @@
 """Sends a run's journal to MLflow's store: connects on first use, and gives up if a problem lasts too long at the end.
 
-What the store doesn't take holds up nothing else. Files, pictures, data sets and models wait while parameters, metrics, tags and
-the end of the run go on. What the store refuses is set aside: it stays in the journal, for `src/ship.py`.
+What the store doesn't take holds up nothing else. Parameters, metrics, tags and the end of the run are sent first; files,
+pictures, data sets and models wait for them, and never the other way round. What the store refuses is set aside: it stays in the
+journal, and `src/ship.py` sends it.
 """
 
 import sys
@@ -32,7 +33,8 @@ SIDE = {  # the kinds of entries that others don't wait for, and what messages c
     "register": "the model's version in the registry",
     "best_evaluation": "the training's best evaluation",
 }
-DELETED = "this run was deleted there; restore it first"
+FILES = ("preview", "artifact", "register")  # of these, those that are files
+DELETED = "somebody deleted this run in MLflow; restore it there first"
 PLAIN = {"start": "parameters", "metric": "metrics", "tags": "tags", "end": "the end of the run"}
 
 
@@ -46,43 +48,47 @@ class Store:
         self.run: StoredRun | None = None  # until the store was reached
         self.waiting: list[Entry] = []  # of the kinds in SIDE, which the store was not ready for
         self.refusal: str | None = None  # why an entry was set aside
+        self.held_up = "everything"  # what the latest problem holds up
         self.told: set[str] = set()  # the kinds of entries that a warning was printed about
         self.problem: str | None = None  # the latest one; None once sending works again
         self.problem_since = 0.0
         self.given_up = False
 
     def ship(self, queue: deque[Entry], count: int) -> None:
-        """Send the first `count` entries of the queue in order, then those that were waiting. Each leaves the queue once sent.
+        """Send the first `count` entries of the queue in order, but those of the kinds in SIDE last. Sent ones leave the queue.
 
         Raises what the store answered if something has to be sent again, and UserError if the run was deleted.
         """
-        run = self.run or self.open()
+        run, self.held_up = self.run or self.open(), "everything"
         while count and not self.given_up:
             entries = _leading_metrics(queue, min(count, MAX_BATCH)) or [queue[0]]
             if _kind(entries[0]) in SIDE:
                 self.waiting.append(entries[0])
-                if len(self.waiting) == 1:  # else the others come first
-                    self._send_waiting(run)
             elif error := self._send(run, entries):
                 raise error
             for _ in entries:
                 queue.popleft()
                 count -= 1
-        if error := self._send_waiting(run):
+        if error := self._send_waiting(run, queue):
+            self.held_up = ", ".join(dict.fromkeys(SIDE[_kind(entry)] for entry in self.waiting))
             raise error
-        self.problem = None
+        if not self.waiting:
+            self.problem = None
 
-    def _send_waiting(self, run: StoredRun) -> Exception | None:
-        """Send the entries that are waiting; the error of one that must go on waiting."""
-        last = None
-        for entry in self.waiting.copy():
-            if self.given_up:
+    def _send_waiting(self, run: StoredRun, queue: deque[Entry]) -> Exception | None:
+        """Send one waiting entry, and the others unless the queue has a new one; the error of one that has to go on waiting."""
+        last, no_answer = None, False
+        for n, entry in enumerate(self.waiting.copy()):
+            if (n and queue) or self.given_up:
                 break
+            is_file = _kind(entry) in FILES
+            if is_file and no_answer:  # this one would have to wait as long
+                continue
             error = self._send(run, [entry])
             if error is None:
                 self.waiting.remove(entry)
-            elif answer(error) is Answer.LATER:  # the next one would have to wait as long
-                return error
+            elif is_file and answer(error) is Answer.LATER:
+                no_answer = True
             last = error or last
         return last
 
@@ -99,10 +105,10 @@ class Store:
             name, reason = {**SIDE, **PLAIN}[kind], root_cause(error)
             if meaning is Answer.LACKING and kind in SIDE:
                 run.discard(entries[0])
-                message = f"can't take {name}, perhaps because it is too old ({reason}); the run does without"
+                message = f"can't take {name}, perhaps because it is too old ({reason}); the run continues without"
             else:
-                self.refusal = f"it refused {name}: {reason}"
-                message = f"refused {name}: {reason}; the rest goes on"
+                self.refusal = f"refused {name}: {reason}"
+                message = f"{self.refusal}; everything else is sent"
             if kind not in self.told:
                 self.told.add(kind)
                 print(f"warning: MLflow at {self.address} {message}", file=sys.stderr)
@@ -160,11 +166,9 @@ class Store:
         problem = root_cause(error)
         if self.problem is None:
             by_user = isinstance(error, UserError) or answer(error) is Answer.DENIED
-            until = "this is mended" if by_user else "the server answers"
-            what = ", ".join(dict.fromkeys(SIDE[_kind(entry)] for entry in self.waiting)) or "everything"
-            print(
-                f"warning: MLflow at {self.address}: {problem}; the run continues and sends {what} once {until}", file=sys.stderr
-            )
+            until = "this is fixed" if by_user else "the server answers"
+            told = f"{problem}; the run continues and sends {self.held_up} once {until}"
+            print(f"warning: MLflow at {self.address}: {told}", file=sys.stderr)
             self.problem_since = time.monotonic()
         self.problem = problem
 

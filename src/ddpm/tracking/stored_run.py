@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from filelock import FileLock
 from PIL import Image
 
 from ddpm.paths import CACHE
-from ddpm.tracking.client import local_folder
+from ddpm.tracking.client import ARTIFACTS, local_folder
 from ddpm.tracking.connection import Answer, answer
 from ddpm.tracking.journal import Entry
 from ddpm.tracking.queries import newest_run
@@ -63,7 +64,8 @@ class StoredRun:
         elif "best_evaluation" in entry:
             self._log_best_evaluation(entry["best_evaluation"], entry["time"])
         elif "end" in entry:
-            self._finish_monitor()
+            with suppress(Exception):  # the load of the machine is not worth a run without an end
+                self._finish_monitor()
             self.client.set_terminated(self.run_id, entry["end"], entry["time"])
 
     def discard(self, entry: Entry) -> None:
@@ -91,26 +93,27 @@ class StoredRun:
 
         MLflow would create it again, where nobody looks for it.
         """
-        if (folder := local_folder(self.artifact_uri)) and not (of := folder.parents[3]).exists():
-            raise FileNotFoundError(f"{of}: this folder, where the experiment keeps its artifacts, doesn't exist")
+        folder = local_folder(self.artifact_uri)  # repository/mlartifacts/experiment/run/artifacts
+        if folder and folder.parts[-4:-3] == (ARTIFACTS,) and not folder.parents[3].exists():
+            raise FileNotFoundError(f"{folder.parents[3]}: this folder, which had the experiment's artifacts, doesn't exist")
 
     def _log_metrics(self, entries: list[Entry]) -> None:
         from mlflow.entities import Metric
 
         metrics = [Metric(entry["metric"], entry["value"], entry["time"], entry["step"]) for entry in entries]
-        _all_but_refused(lambda some: self.client.log_batch(self.run_id, metrics=some), metrics)
+        self._send_parts(lambda some: self.client.log_batch(self.run_id, metrics=some), metrics)
 
     def _log_params(self, params: dict[str, Any]) -> None:
         from mlflow.entities import Param
 
         as_text = [Param(name, str(value)) for name, value in params.items()]
-        _all_but_refused(lambda some: self.client.log_batch(self.run_id, params=some), as_text)
+        self._send_parts(lambda some: self.client.log_batch(self.run_id, params=some), as_text)
 
     def _log_tags(self, tags: dict[str, Any]) -> None:
         from mlflow.entities import RunTag
 
         as_text = [RunTag(name, str(value)) for name, value in tags.items()]
-        _all_but_refused(lambda some: self.client.log_batch(self.run_id, tags=some), as_text)
+        self._send_parts(lambda some: self.client.log_batch(self.run_id, tags=some), as_text)
 
     def _log_file(self, entry: Entry, path: Path) -> None:
         if "preview" in entry:
@@ -156,31 +159,30 @@ class StoredRun:
         self.client.set_tag(self.parent_id, "best_evaluation", self.run_id)
 
     def _finish_monitor(self) -> None:
-        if self.monitor:
-            self.monitor.finish()
-            self.monitor.collect_metrics()  # else a run that is shorter than MLflow's interval of 10 s would have none
-            self.monitor.publish_metrics(self.monitor.aggregate_metrics())
-            self.monitor.mlflow_logger.flush()
+        if monitor := self.monitor:
             self.monitor = None
+            monitor.finish()
+            monitor.collect_metrics()  # else a run that is shorter than MLflow's interval of 10 s would have none
+            monitor.publish_metrics(monitor.aggregate_metrics())
+            monitor.mlflow_logger.flush()
 
+    def _send_parts(self, send: Callable[[list[Any]], object], items: list[Any]) -> None:
+        """Send all items in one call; if that is refused, in halves, so that every item arrives except the refused ones.
 
-def _all_but_refused(send: Callable[[list[Any]], object], items: list[Any]) -> None:
-    """Send all items in one call; if that is refused, in halves, so that every item arrives but those that are refused.
-
-    Raises the error of the first one that is.
-    """
-    try:
-        send(items)
-    except Exception as error:
-        if answer(error) is not Answer.REFUSED or len(items) == 1:
-            raise
-        half, refusals = len(items) // 2, []
-        for part in (items[:half], items[half:]):
-            try:
-                _all_but_refused(send, part)
-            except Exception as refusal:
-                if answer(refusal) is not Answer.REFUSED:
-                    raise
-                refusals.append(refusal)
-        if refusals:
-            raise refusals[0] from None
+        Raises the error of the first refused one.
+        """
+        try:
+            send(items)
+        except Exception as error:
+            if answer(error) is not Answer.REFUSED or len(items) == 1 or self.is_deleted():
+                raise
+            half, refusals = len(items) // 2, []
+            for part in (items[:half], items[half:]):
+                try:
+                    self._send_parts(send, part)
+                except Exception as refusal:
+                    if answer(refusal) is not Answer.REFUSED:
+                        raise
+                    refusals.append(refusal)
+            if refusals:
+                raise refusals[0] from None
