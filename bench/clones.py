@@ -17,10 +17,7 @@ AS_SOMEBODY = ("-c", "user.name=t", "-c", "user.email=t@localhost")
 
 
 def plain_clone(folder: Path) -> Path:
-    """The repository's files as they are now, in `folder`, with one commit as their history and the smoke preset applied.
-
-    (DVC looks at every commit that there is, which takes as long as a small training.)
-    """
+    """The repository's files as they are now, in `folder`, with one commit as their history and the smoke preset applied."""
     clone = folder / "clone"
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):

@@ -20,6 +20,7 @@ import requests
 from PIL import Image
 
 import browser
+from clones import AS_SOMEBODY
 from ddpm.data.fashion_mnist import CLASSES
 from helpers import ENVIRONMENT, copied, free_port, mlflow_runs, run
 
@@ -79,6 +80,16 @@ def test_the_comparison_has_them_all_the_best_first(clone: Path, shown: dict) ->
     assert "sample.steps=3" in text
     assert "schedule=sigmoid" in text
     assert "evaluate few-steps" in text
+
+
+def test_experiments_of_an_amended_commit_are_still_compared(clone: Path, tmp_path: Path) -> None:
+    """Also one that is queued. No branch leads to the commit that they started from any more."""
+    clone = copied(clone, tmp_path)
+    run(clone, "dvc", "exp", "run", "--queue", "-n", "waiting", "-S", "sample.steps=4")
+    run(clone, "git", *AS_SOMEBODY, "commit", "--amend", "-qm", "amended")
+    first_words = [line.removeprefix("★ ").split()[:1] for line in run(clone, "python", "src/compare.py").splitlines()]
+    for name in ("few-steps", "sigmoid", "waiting"):
+        assert first_words.count([name]) == 1
 
 
 def test_from_an_experiment_to_its_mlflow_run_and_back(clone: Path) -> None:

@@ -5,6 +5,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -75,12 +76,23 @@ def _rank(e: Experiment) -> tuple[float, float]:
 
 def _exp_show() -> list[dict[str, Any]]:
     """The rows of `dvc exp show --json`: the workspace, then commits, each with the experiments that started from it."""
-    command = [sys.executable, "-m", "dvc", "exp", "show", "--json", "--all-commits"]
+    revisions = [argument for commit in ("HEAD", *_started_from()) for argument in ("--rev", commit)]
+    command = [sys.executable, "-m", "dvc", "exp", "show", "--json", *revisions]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
         errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
         raise UserError(errors[0] if errors else "`dvc exp show` failed")
     return json.loads(done.stdout)
+
+
+def _started_from() -> list[str]:
+    """The commits that experiments started from, done or not. No branch may lead to them any more, if they were amended."""
+    references = git("for-each-ref", "--format=%(refname)", "refs/exps") or ""
+    commits = {"".join(found) for found in re.findall(r"^refs/exps/([0-9a-f]{2})/([0-9a-f]{38})/", references, re.MULTILINE)}
+    for stash in ("stash", "failed"):  # of DVC's queue, whose entries name the commit
+        messages = git("reflog", "show", "--format=%gs", f"refs/exps/celery/{stash}") or ""
+        commits.update(re.findall(r"dvc-exp:[0-9a-f]+:([0-9a-f]{40}):", messages))
+    return sorted(commits)
 
 
 def _experiment(row: dict[str, Any], base: dict[str, Any], state: str | None = None) -> Experiment:
