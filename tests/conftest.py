@@ -9,8 +9,8 @@ import warm
 
 # `make test` runs all tests of a file in one process, of a few. The files that take longest come first.
 LONGEST = (
-    *("pipeline", "processes", "publish", "views", "tracking", "team", "bench", "demo", "distributed", "experiments"),
-    *("training", "registry", "samplers", "data", "metrics", "features", "folder", "evaluate", "install"),
+    *("pipeline", "processes", "publish", "views", "tracking", "delivery", "team", "bench", "demo", "distributed"),
+    *("experiments", "training", "registry", "samplers", "data", "metrics", "features", "folder", "evaluate", "install"),
 )
 
 

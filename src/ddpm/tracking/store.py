@@ -72,8 +72,7 @@ class Store:
         if error := self._send_waiting(run, queue):
             self.held_up = ", ".join(dict.fromkeys(SIDE[_kind(entry)] for entry in self.waiting))
             raise error
-        if not self.waiting:
-            self.problem = None
+        self.problem = None
 
     def _send_waiting(self, run: StoredRun, queue: deque[Entry]) -> Exception | None:
         """Send one waiting entry, and the others unless the queue has a new one; the error of one that has to go on waiting."""
