@@ -475,14 +475,14 @@ def test_shipping_an_interrupted_runs_journal_keeps_what_resuming_needs(root, cl
 
 
 def test_shipping_a_killed_runs_journal_says_that_it_was_killed(root, client):
-    folder = root / ".resume" / "killed"
+    folder = root / ".resume" / "shipped"
     with pytest.raises(KeyboardInterrupt), start_run("train", {}, root, folder) as run:
-        run.tags({"marker": "killed"})
+        run.tags({"marker": "shipped"})
         raise KeyboardInterrupt
     journal = folder / "journal.jsonl"
     journal.write_text("".join(line for line in journal.read_text().splitlines(True) if '"end"' not in line))
     runs_module.ship(folder, root)
-    assert one(client, "tags.marker = 'killed'").info.status == "KILLED"
+    assert one(client, "tags.marker = 'shipped'").info.status == "KILLED"
 
 
 def test_a_run_lost_before_it_had_a_journal_leaves_none(tmp_path):
