@@ -38,7 +38,7 @@ compare: $(VENV)/.runtime  ## the experiments side by side, the best first
 report: $(VENV)/.runtime  ## output/report.html: the experiments on one page
 	@python src/report.py
 
-ui: $(VENV)/.runtime  ## the MLflow UI; prints the address of the runs
+ui: $(VENV)/.runtime  ## the MLflow UI; prints the address of the leaderboard
 	@python src/ui.py
 
 demo: $(VENV)/.runtime  ## garments in seconds, from the trained model that comes along: output/demo.png and .gif

@@ -53,14 +53,15 @@ def main() -> None:
         metrics, picture = judge(samples, data, features)
         save_png(NEIGHBOURS, picture)
         write_atomic(EVALUATION_METRICS, (json.dumps(metrics, indent=2) + "\n").encode())
-        values = {f"eval/{name}": value for name, value in metrics.items()}
+        over_floor = {"fid_over_floor": metrics["fid"] / metrics["fid_floor"]} if "fid_floor" in metrics else {}
+        values = {f"eval/{name}": value for name, value in {**metrics, **over_floor}.items()}
         run.metrics(0, values)
         run.best_evaluation(values)
         run.artifact(EVALUATION_METRICS)
         run.artifact(NEIGHBOURS)
         if to_register and math.isfinite(metrics["fid"]):
             run.register(to_register, params.sample.model_dump())
-        floor = f", {metrics['fid'] / metrics['fid_floor']:.0f} × the floor of real images" if "fid_floor" in metrics else ""
+        floor = f", {over_floor['fid_over_floor']:.0f} × the floor of real images" if over_floor else ""
         return f"fid {metrics['fid']:.4f}{floor}; all metrics are in {EVALUATION_METRICS}"
 
     judged = {**params.evaluate.model_dump(), "data": dataset_sha256(params.data.name)}

@@ -1,6 +1,6 @@
 """`make ui`: the MLflow UI of this repository's store, for this machine only.
 
-Prints the address of the runs as soon as the server is ready. `python src/ui.py --port 5001` uses another port. If
+Prints the address of the leaderboard as soon as the server is ready. `python src/ui.py --port 5001` uses another port. If
 MLFLOW_TRACKING_URI names a server, it starts none and prints that server's address.
 """
 
@@ -21,7 +21,8 @@ from ddpm.paths import project_root
 from ddpm.runtime.cli import between, clean_errors
 from ddpm.tracking.client import ARTIFACTS
 from ddpm.tracking.connection import tracking_uri, without_password
-from ddpm.tracking.queries import experiment_id
+from ddpm.tracking.queries import experiment_with_views
+from ddpm.tracking.views import runs_page
 
 HOST, PORT = "127.0.0.1", 5000
 READY_SECONDS = 120
@@ -34,7 +35,7 @@ def main() -> None:
     root = project_root()
     uri = tracking_uri(root)
     if uri.startswith("http"):
-        print(runs_page(without_password(uri.rstrip("/")), experiment_id(root)))
+        print(runs_page(without_password(uri.rstrip("/")), experiment_with_views(root)))
         return
     with socket.socket() as probe:
         if probe.connect_ex((HOST, port)) == 0:
@@ -46,7 +47,7 @@ def main() -> None:
     ]
     experiment = None
     try:
-        experiment = experiment_id(root)
+        experiment = experiment_with_views(root)
     except UserError as error:  # such as that it was deleted, which can be undone on the server's pages
         print(f"note: {error}", file=sys.stderr)
     server = start_server(command, uri)
@@ -88,13 +89,6 @@ def wait_until_ready(server: subprocess.Popen[bytes], address: str, command: lis
             pass
         time.sleep(0.2)
     raise UserError(f"the MLflow server did not answer at {address} within {READY_SECONDS} s")
-
-
-def runs_page(server: str, experiment: str | None) -> str:
-    """The address of a server's page of runs; `experiment` is an id, None before the first run."""
-    if experiment is None:
-        return f"{server} (no runs yet; `dvc repro` makes the first)"
-    return f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_experiments_of_an_amended_commit_are_still_compared(clone: Path, tmp_pa
     clone = copied(clone, tmp_path)
     run(clone, "dvc", "exp", "run", "--queue", "-n", "waiting", "-S", "sample.steps=4")
     run(clone, "git", *AS_SOMEBODY, "commit", "--amend", "-qm", "amended")
-    first_words = [line.removeprefix("★ ").split()[:1] for line in run(clone, "python", "src/compare.py").splitlines()]
+    first_words = [line.replace("★", "").split()[:1] for line in run(clone, "python", "src/compare.py").splitlines()]
     for name in ("few-steps", "sigmoid", "waiting"):
         assert first_words.count([name]) == 1
 
@@ -203,6 +203,7 @@ def ui(clone: Path) -> Iterator[str]:
 @needs_chromium
 def test_the_ui_shows_runs_children_charts_and_grids(clone: Path, ui: str) -> None:
     train, sample = named(clone, "train", "sigmoid"), named(clone, "sample", "sigmoid")
+    ui = ui.partition("&viewStateShareKey")[0]
     with browser.chromium() as chromium:
         page = browser.ui(chromium)
         page.goto(ui)
@@ -226,6 +227,37 @@ def test_the_ui_shows_runs_children_charts_and_grids(clone: Path, ui: str) -> No
 
         page.goto(f"{run_page}{train.info.run_id}?workflowType=machine_learning")
         page.get_by_text("dvc exp apply sigmoid").wait_for()
+
+
+@needs_chromium
+def test_the_saved_views_show_the_figures(clone: Path, ui: str) -> None:
+    """`make ui` prints the address of the first, the trainings with the lowest FID first."""
+    trainings = sorted(mlflow_runs(clone, "train"), key=lambda run: run.data.metrics["eval/fid"])
+    judged = sorted(mlflow_runs(clone, "evaluate"), key=lambda run: run.data.metrics["eval/fid"])
+    figures = ("eval/fid", "eval/fid_over_floor", "eval/precision", "eval/recall", "eval/class_accuracy")
+    with browser.chromium() as chromium:
+        page = browser.ui(chromium)
+        page.set_viewport_size({"width": 2400, "height": 2000})  # so that all columns and charts are in sight
+        for view, rows, columns in (
+            ("leaderboard", trainings, [*figures, "val/loss", "changed"]),
+            ("evaluations", judged, [*figures, "sample.sampler", "sample.steps", "sample.guidance_scale"]),
+        ):
+            page.goto("about:blank")
+            page.goto(ui.replace("leaderboard", view))
+            for run in rows:
+                browser.run_link(page, run.info.run_name).wait_for()
+            heights = [browser.run_link(page, run.info.run_name).bounding_box()["y"] for run in rows]
+            assert heights == sorted(heights)
+            assert browser.run_link(page, named(clone, "sample", "sigmoid").info.run_name).count() == 0
+            for column in columns:
+                page.get_by_role("columnheader", name=column, exact=True).first.wait_for()
+            best = rows[0].data.metrics
+            assert best["eval/fid_over_floor"] == best["eval/fid"] / best["eval/fid_floor"]
+            page.get_by_text(str(best["eval/fid_over_floor"])[:7]).first.wait_for()
+        page.goto("about:blank")
+        page.goto(f"{ui.replace('leaderboard', 'curves')}&compareRunsMode=CHART")
+        for title in ("train/loss", "train/images_per_second", "val/loss", "val/loss_quarter1"):
+            page.get_by_test_id("experiment-view-compare-runs-card").filter(has_text=title).first.wait_for()
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from ddpm.errors import UserError
 from ddpm.tracking.client import connect, find_experiment
 from ddpm.tracking.connection import root_cause, store_exists, tracking_uri, without_password
+from ddpm.tracking.views import furnish
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 MAX_RUNS = 5000  # evaluations, the newest
 
@@ -38,18 +39,24 @@ def evaluations(root: Path) -> dict[str, "Run"]:
     return {run.data.tags["samples_md5"]: run for run in reversed(runs or []) if "samples_md5" in run.data.tags}
 
 
-def experiment_id(root: Path) -> str | None:
-    """The id of the experiment; None before the first run. Raises UserError if the store is unreachable or denies access."""
+def experiment_with_views(root: Path) -> "Experiment | None":
+    """The experiment, with our views if the store takes them; None before the first run.
+
+    Raises UserError if the store is unreachable or denies access, or if the experiment was deleted.
+    """
     uri = tracking_uri(root)
     if not store_exists(uri):
         return None
     try:
-        experiment = find_experiment(connect(root))
+        client = connect(root)
+        if experiment := find_experiment(client):
+            furnish(client, experiment)
+            experiment = client.get_experiment(experiment.experiment_id)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"MLflow at {without_password(uri)}: {root_cause(error)}") from None
-    return experiment.experiment_id if experiment else None
+    return experiment
 
 
 def newest_run(client: "MlflowClient", experiment: str, condition: str, deleted: bool = False) -> "Run | None":

@@ -19,9 +19,11 @@ from ddpm.tracking.connection import Answer, answer, experiment_name, root_cause
 from ddpm.tracking.journal import Entry, Journal
 from ddpm.tracking.queries import newest_run
 from ddpm.tracking.stored_run import StoredRun
+from ddpm.tracking.views import furnish
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 EXIT_SECONDS = 10  # how long the end of a run waits for a store that has a problem
 SLOW_SECONDS = 120  # and for a store that is only slow, for example because its database is being created
@@ -119,27 +121,29 @@ class Store:
         Raises UserError if that run or the experiment was deleted.
         """
         client = connect(self.root)
-        self.run = self._find_or_create_run(client, self._experiment(client))
+        experiment = self._experiment(client)
+        furnish(client, experiment)
+        self.run = self._find_or_create_run(client, experiment.experiment_id)
         if self.start["system_metrics"]:
             self.run.start_monitor()
         return self.run
 
-    def _experiment(self, client: "MlflowClient") -> str:
-        """The id of the experiment, which is created if it doesn't exist."""
+    def _experiment(self, client: "MlflowClient") -> "Experiment":
+        """The experiment, which is created if it doesn't exist."""
         from mlflow.exceptions import MlflowException
 
         if experiment := find_experiment(client):
-            return experiment.experiment_id
+            return experiment
         name = experiment_name()
         has_artifacts = self.uri.startswith(("http:", "https:", "databricks"))  # a server, which chooses where artifacts are
         location = None if has_artifacts else (self.root / ARTIFACTS / name).as_uri()
         try:
-            return client.create_experiment(name, artifact_location=location)
+            return client.get_experiment(client.create_experiment(name, artifact_location=location))
         except MlflowException as error:
             is_there = error.error_code == "RESOURCE_ALREADY_EXISTS"  # another machine has just created it
             if not is_there or (experiment := find_experiment(client)) is None:
                 raise
-            return experiment.experiment_id
+            return experiment
 
     def _find_or_create_run(self, client: "MlflowClient", experiment: str) -> StoredRun:
         start, parent_id = self.start, None
