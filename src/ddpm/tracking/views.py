@@ -34,7 +34,7 @@ VIEWS: dict[str, dict[str, Any]] = {
         "orderByKey": "attributes.start_time",
         "orderByAsc": False,
         "selectedColumns": ["tags.`changed`", "attributes.`Duration`"],
-        "chartsSearchFilter": "val/|train/loss|images",  # a regular expression
+        "chartsSearchFilter": "^val/|train/loss|images",  # a regular expression
     },
     "Evaluations": {
         "searchFilter": "tags.stage = 'evaluate'",
