@@ -31,7 +31,9 @@ def run_experiments(changes: dict[str, list[str]], jobs: int) -> dict[str, dict[
     silences = 0  # a busy worker may not answer every time
     while pending := unfinished(changes):
         silences = 0 if workers() else silences + 1
-        if silences == SILENCES:
+        if silences == SILENCES:  # DVC starts none where an earlier one is just about to end
+            subprocess.run(start, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, check=True)
+        if silences == 2 * SILENCES:
             raise SystemExit(f"DVC's workers are gone, and these are not done: {', '.join(pending)}; see `dvc queue status`")
         print(f"{len(changes) - len(pending)} of {len(changes)} done", flush=True)
         time.sleep(POLL_SECONDS)
