@@ -5,13 +5,11 @@ import os
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from clones import AS_SOMEBODY
 from ddpm.data.dataset import Dataset
 from ddpm.diffusion.process import Diffusion
 from ddpm.params import TrainParams
+from ddpm.tracking.client import relocate
 from ddpm.tracking.connection import EXPERIMENT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,12 +78,7 @@ def copied(source: Path, folder: Path) -> Path:
     """A copy of a clone, with an MLflow store of its own, to change at will."""
     clone = folder / "clone"
     shutil.copytree(source, clone, symlinks=True)
-    with closing(sqlite3.connect(clone / "mlflow.db")) as store, store:
-        for table, column in (
-            *(("runs", "artifact_uri"), ("experiments", "artifact_location"), ("logged_models", "artifact_location")),
-            *(("model_versions", "source"), ("model_versions", "storage_location")),
-        ):
-            store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (source.as_uri(), clone.as_uri()))
+    relocate(clone / "mlflow.db", clone)
     return clone
 
 
@@ -131,8 +125,10 @@ def artifacts(client, run, folder: str | None = None) -> list[str]:
 class Server:
     """An MLflow server at `address`, its artifacts and whatever else it writes in `folder`; ready once entered."""
 
-    def __init__(self, address: str, folder: Path, store_uri: str, *options: str, **environment: str):
-        self.address, self.folder, self.options = address, folder, options
+    def __init__(
+        self, address: str, folder: Path, store_uri: str, *options: str, python: Path | str = sys.executable, **environment: str
+    ):
+        self.address, self.folder, self.options, self.python = address, folder, options, python
         self.environment = {
             **TRACKING_ENVIRONMENT,
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -143,7 +139,7 @@ class Server:
     def __enter__(self):
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", self.address.rpartition(":")[2]),
+                *(self.python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", self.address.rpartition(":")[2]),
                 *("--workers", "1", "--artifacts-destination", self.folder / "artifacts", *self.options),
             ],
             cwd=self.folder,

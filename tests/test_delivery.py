@@ -1,14 +1,12 @@
 """Runs sent to real MLflow stores: what these refuse, aren't ready for or are too old for holds up nothing else."""
 
 import http.client
-import os
 import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -317,49 +315,26 @@ def test_the_end_of_a_run_waits_for_no_file(server, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def old_mlflow() -> Path:
-    """The `mlflow` command of a version that teams and hosted services still have, in an environment of its own."""
+    """The interpreter of an environment with an MLflow that teams and hosted services still have."""
     folder = ROOT / ".cache/mlflow-2.22"
     with FileLock(f"{folder}.lock"):
-        command = folder / "bin/mlflow"
-        if not command.exists():
+        python = folder / "bin/python"
+        if not (folder / "bin/mlflow").exists():
             shutil.rmtree(folder, ignore_errors=True)
             uv = [sys.executable, "-m", "uv"]
             try:
                 subprocess.run([*uv, "venv", "-q", "--python", sys.executable, folder], check=True)
                 packages = ["mlflow==2.22.*", "sqlalchemy<2.1"]
-                subprocess.run([*uv, "pip", "install", "-q", "--python", folder / "bin/python", *packages], check=True)
+                subprocess.run([*uv, "pip", "install", "-q", "--python", python, *packages], check=True)
             except subprocess.SubprocessError as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 pytest.skip(f"MLflow 2.22 can't be installed here: {error}")
-    return command
-
-
-@contextmanager
-def old_server(command: Path, folder: Path, *options: str) -> Iterator[str]:
-    address = f"http://127.0.0.1:{(port := free_port())}"
-    arguments = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *options]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PYTHON"))}
-    process = subprocess.Popen(
-        [command, *arguments, "--backend-store-uri", f"sqlite:///{folder}/old.db"],
-        cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        for _ in range(600):
-            assert process.poll() is None
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield address
-    finally:
-        os.killpg(process.pid, 9)
-        process.wait()
+    return python
 
 
 def test_an_old_server_gets_everything_and_its_database_is_upgraded_after_a_copy(old_mlflow, tmp_path, monkeypatch, capsys):
-    options = ("--artifacts-destination", str(tmp_path / "artifacts"))
-    with old_server(old_mlflow, tmp_path, *options) as address, proxy(address) as front:
+    server = Server(f"http://127.0.0.1:{free_port()}", tmp_path, f"sqlite:///{tmp_path}/old.db", python=old_mlflow)
+    with server, proxy(server.address) as front:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", front.address)
         with evaluation(tmp_path, "old") as run:
             sent(run)

@@ -86,7 +86,7 @@ def _exp_show() -> list[dict[str, Any]]:
 
 
 def _started_from() -> list[str]:
-    """The commits that experiments started from, done or not. No branch may lead to them any more, if they were amended."""
+    """The commits that experiments started from, finished or not. No branch leads to a commit that was amended."""
     references = git("for-each-ref", "--format=%(refname)", "refs/exps") or ""
     commits = {"".join(found) for found in re.findall(r"^refs/exps/([0-9a-f]{2})/([0-9a-f]{38})/", references, re.MULTILINE)}
     for stash in ("stash", "failed"):  # of DVC's queue, whose entries name the commit

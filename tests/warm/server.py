@@ -30,19 +30,8 @@ PACKAGES = (
     *("torch", "torch._dynamo", "torchmetrics.image.fid", "torchmetrics.image.kid"),
     *("mlflow", "mlflow.store.tracking.sqlalchemy_store", "mlflow.pyfunc", "pandas"),
     *("torch.distributed.run", "dvc.cli", "dvc.commands.repro", "dvc.repo.experiments.queue.celery"),
-    *(
-        "hypothesis",
-        "scipy.stats",
-        "PIL.Image",
-        "pydantic",
-        "filelock",
-        "psutil",
-        "requests",
-        "rich.table",
-        "ruamel.yaml",
-        "tqdm",
-        "yaml",
-    ),
+    *("hypothesis", "scipy.stats", "PIL.Image", "pydantic", "filelock", "psutil", "requests"),
+    *("rich.table", "ruamel.yaml", "tqdm", "yaml"),
 )
 
 

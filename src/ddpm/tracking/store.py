@@ -18,7 +18,7 @@ from ddpm.tracking.client import ARTIFACTS, connect, find_experiment
 from ddpm.tracking.connection import Answer, answer, experiment_name, root_cause, tracking_uri, without_password
 from ddpm.tracking.journal import Entry, Journal
 from ddpm.tracking.queries import newest_run
-from ddpm.tracking.stored_run import StoredRun
+from ddpm.tracking.stored_run import FILES, StoredRun
 from ddpm.tracking.views import furnish
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ SIDE = {  # the kinds of entries that others don't wait for, and what messages c
     "register": "the model's version in the registry",
     "best_evaluation": "the training's best evaluation",
 }
-FILES = ("preview", "artifact", "register")  # of these, those that are files
 DELETED = "somebody deleted this run in MLflow; restore it there first"
 PLAIN = {"start": "parameters", "metric": "metrics", "tags": "tags", "end": "the end of the run"}
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 
+FILES = ("preview", "artifact", "register")  # the kinds of entries that have a file in the outbox
+
+
 @dataclass
 class StoredRun:
     """Sends entries to one run. An entry that is sent again changes nothing."""
@@ -85,8 +88,8 @@ class StoredRun:
             return True
 
     def _file(self, entry: Entry) -> Path | None:
-        name = entry.get("preview") or entry.get("artifact") or entry.get("register")
-        return self.outbox / name if name else None
+        """Where the file of an entry waits, if the entry has one."""
+        return next((self.outbox / entry[kind] for kind in FILES if kind in entry), None)
 
     def _check_location(self) -> None:
         """Raise FileNotFoundError if files would go to a folder of a repository that isn't there any more.

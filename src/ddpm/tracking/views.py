@@ -62,7 +62,7 @@ def view_key(name: str) -> str:
 
 
 def furnish(client: "MlflowClient", experiment: "Experiment") -> None:
-    """Write the description and the views that the experiment doesn't have yet, if the store takes them."""
+    """Write the description and the views that the experiment doesn't have yet. If that fails, runs work without them."""
     from mlflow.exceptions import MlflowException
 
     tags = {} if NOTE in experiment.tags else {NOTE: DESCRIPTION}
@@ -70,7 +70,7 @@ def furnish(client: "MlflowClient", experiment: "Experiment") -> None:
         if (tag := VIEW + view_key(name)) not in experiment.tags:
             state = json.dumps({**COMMON, **view})
             tags[tag] = json.dumps({"name": name, "createdAt": time.time_ns() // 1_000_000, "state": state})
-    with suppress(MlflowException):  # this user may not, or the server is away; runs don't need it
+    with suppress(MlflowException):  # the user lacks the permission, or the server is unreachable
         for tag, content in tags.items():
             client.set_experiment_tag(experiment.experiment_id, tag, content)
 
