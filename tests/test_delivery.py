@@ -68,6 +68,8 @@ def evaluation(root: Path, marker: str) -> Iterator[Run]:
         (root / "card.json").write_text("{}")
         run.artifact(root / "card.json", "model")
         run.register(b"weights of " + marker.encode(), SAMPLING)
+    assert run.thread
+    run.thread.join(30)  # it may go on for a moment, where a stage would have ended
 
 
 def sent(run: Run, files: bool = True) -> None:
@@ -234,7 +236,6 @@ def test_what_is_not_taken_holds_up_nothing_else_and_arrives_later(server, tmp_p
             assert any(TOLD[name] in line for line in warnings)
             assert len(set(warnings)) == len(warnings) <= len(lacking), warnings
             assert last.endswith(f"it is kept, and `python src/ship.py {kept(tmp_path)}` sends it")
-            run.thread.join(30)  # which goes on for a moment, where a stage would have ended
         there = before if when == "at its end" else []
         front.faults = []
         client = connect(tmp_path)

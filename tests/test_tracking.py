@@ -444,6 +444,7 @@ def test_shipping_a_journal_again_makes_no_doubles(root, client, monkeypatch):
         run.preview(3, picture(0))
         run.artifact(root / "artifact.txt")
         run.tags({"marker": "twice"})
+    run.thread.join(10)
     monkeypatch.undo()
     (kept,) = (root / ".resume").glob("unshipped-*/")
     for folder in (shutil.copytree(kept, root / ".resume" / "copy"), kept):
