@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -160,6 +161,8 @@ class Proxy:
     address: str
     faults: list[Fault] = field(default_factory=list)
     away: bool = False
+    hanging: threading.Event | None = None  # uploads wait for it
+    uploading: threading.Event = field(default_factory=threading.Event)
 
 
 @contextmanager
@@ -179,6 +182,9 @@ def proxy(server: str) -> Iterator[Proxy]:
                     time.sleep(fault.seconds)
                     self.respond(fault.status, "text/plain", fault.answer)
                     return
+            if proxied.hanging and self.command == "PUT" and FILES in self.path:
+                proxied.uploading.set()
+                proxied.hanging.wait(60)
             connection = http.client.HTTPConnection(server.removeprefix("http://"))
             headers = {name: value for name, value in self.headers.items() if name not in ("Host", "Accept-Encoding")}
             connection.request(self.command, self.path, body, headers)
@@ -309,6 +315,33 @@ def test_the_end_of_a_run_waits_for_no_file(server, tmp_path, monkeypatch):
         (stored,) = runs(connect(tmp_path), "tags.marker = 'many'")
         assert (stored.info.status, stored.data.metrics["train/loss"]) == ("FINISHED", 1.0)
         run.thread.join(30)
+
+
+def test_while_an_upload_hangs_metrics_arrive_and_the_run_ends(server, tmp_path, monkeypatch, capsys):
+    def wait_for(condition: str) -> None:
+        deadline = time.monotonic() + 60
+        while not runs(client, f"tags.marker = 'hangs' and {condition}"):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def release_at_the_end() -> None:
+        wait_for("metrics.`eval/fid` > 0 and status = 'FINISHED'")
+        front.hanging.set()
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
+    with proxy(server) as front, ThreadPoolExecutor() as pool:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", front.address)
+        client = connect(tmp_path)
+        front.hanging = threading.Event()
+        with evaluation(tmp_path, "hangs") as run:
+            sent(run, files=False)
+            assert front.uploading.wait(60)
+            run.metrics(0, {"eval/late": 1.0})
+            wait_for("metrics.`eval/late` > 0")
+            released = pool.submit(release_at_the_end)
+        released.result()
+        assert found(client, "hangs") == all_but()
+        assert capsys.readouterr().err == ""
 
 
 # Old servers and databases

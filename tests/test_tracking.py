@@ -302,21 +302,21 @@ def test_what_is_synced_is_on_the_disk(tmp_path, monkeypatch):
 def test_nothing_is_shipped_that_a_power_cut_could_undo(root, client, monkeypatch):
     """What the store has, the journal must have: else a resumed run would log it again, at another time."""
     synced, shipped = [], []
-    sync, ship_entries = Journal.sync, store.Store.ship
+    sync, send_main = Journal.sync, store.Store.send_main
 
     def watched_sync(journal: Journal) -> None:
         size = journal.size
         sync(journal)
         synced.append(size)
 
-    def watched_ship(self: store.Store, queue, count: int) -> None:
+    def watched_send(self: store.Store, queue, count: int) -> None:
         lines = [json.dumps(entry) + "\n" for entry in list(queue)[:count]]
         shipped.extend(lines)
         assert len("".join(shipped)) <= synced[-1]
-        ship_entries(self, queue, count)
+        send_main(self, queue, count)
 
     monkeypatch.setattr(Journal, "sync", watched_sync)
-    monkeypatch.setattr(store.Store, "ship", watched_ship)
+    monkeypatch.setattr(store.Store, "send_main", watched_send)
     with start_run("sample", {}, root) as run:
         for step in range(100):
             run.metrics(step, {"a": float(step)})

@@ -1,7 +1,7 @@
-"""A stage's MLflow run: a journal on disk, and a thread that sends the journal to MLflow's store.
+"""A stage's MLflow run: a journal on disk, and threads that send the journal to MLflow's store.
 
-The program only appends to the journal and never waits for the store. A daemon thread sends what was appended, in batches. What
-fails stays in the queue, and the thread tries again.
+The program only appends to the journal and never waits for the store. A daemon thread sends what was appended, in batches, and a
+second one sends files and the like. What fails stays in the queue, and the thread tries again.
 
 A run that is interrupted and resumed appends to the same journal and continues the same MLflow run. A step that is computed
 again keeps the value and time that the journal has. MLflow identifies a metric's values by both, so that sending a whole journal
@@ -25,7 +25,7 @@ from ddpm.tracking.connection import root_cause
 from ddpm.tracking.journal import Entry, Journal
 from ddpm.tracking.provenance import describe, flatten
 from ddpm.tracking.registry import CHECKPOINT
-from ddpm.tracking.store import Store
+from ddpm.tracking.store import Lane, Store
 
 RETRY_SECONDS = 2
 SHIP_SECONDS = 1  # between two sendings, so that each sends a batch
@@ -83,7 +83,7 @@ class Run:
         self.rejected = False  # MLflow was required, and unreachable
         self.thread: threading.Thread | None = None
         self.sending = threading.Lock()
-        self.finishing, self.all_sent = threading.Event(), threading.Event()
+        self.finishing = threading.Event()
 
     def begin(self, required: bool) -> None:
         """Start sending. Raises UserError if the store is required and unreachable; then there is no run."""
@@ -149,16 +149,17 @@ class Run:
         self.queue.append(end)
         self.finishing.set()
         self.store.wait_for(self.thread or self._start_thread())  # a signal may have come before the thread was started
+        all_sent = not (self.queue or self.store.waiting or self.store.refusal)
         self.journal.file.close()
         folder = self.journal.folder
         if status == "FINISHED":
             if self.on_finished:
                 self.on_finished()
-            if self.all_sent.is_set():
+            if all_sent:
                 shutil.rmtree(folder)
             else:
                 folder = folder.rename(folder.with_name(f"unshipped-{self.store.start['journal'][:12]}"))
-        if not self.all_sent.is_set():
+        if not all_sent:
             problem = self.store.problem or (self.store.refusal and f"it {self.store.refusal}") or "no answer"
             print(
                 f"warning: MLflow at {self.store.address} has not received all of this run ({problem}); "
@@ -178,25 +179,37 @@ class Run:
 
     def _send(self) -> None:
         with self.sending:  # after such a signal there may be a second thread: it sends what the first one left
-            self._send_all()
+            main_sent = threading.Event()
+            side = threading.Thread(
+                target=self._keep_sending, args=(self.store.side, self.store.send_side, main_sent), daemon=True
+            )
+            side.start()
+            self._keep_sending(self.store.main, self._send_main, self.finishing)
+            main_sent.set()
+            side.join()
 
-    def _send_all(self) -> None:
+    def _send_main(self) -> None:
+        if count := len(self.queue):
+            self.journal.sync()  # else a power cut could leave the store with entries that the journal has lost
+            self.store.send_main(self.queue, count)
+
+    def _keep_sending(self, lane: Lane, send: Callable[[], None], last: threading.Event) -> None:
+        """Send what a lane has, again and again, until that succeeds after the event, which comes after the last entry."""
         while not self.store.given_up:
+            is_last = last.is_set()  # read before sending
             try:
-                finishing = self.finishing.is_set()  # read before the queue: once this is set, the queue is complete
-                if (count := len(self.queue)) or self.store.waiting:
-                    self.journal.sync()  # else a power cut could leave the store with entries that the journal has lost
-                    self.store.ship(self.queue, count)
-                elif finishing:
-                    if self.store.refusal is None:
-                        self.all_sent.set()
+                send()
+                if self.store.given_up:
                     return
-                self.finishing.wait(SHIP_SECONDS)
+                lane.problem = None
+                if is_last:
+                    return
+                last.wait(SHIP_SECONDS)
             except ImportError as error:  # MLflow isn't installed here; the journal can be sent from another machine
-                self.store.problem = root_cause(error)
+                lane.problem = root_cause(error)
                 return
             except Exception as error:  # whatever the problem of the store, the run continues and this thread tries again
-                self.store.report(error)
+                self.store.report(lane, error)
                 time.sleep(RETRY_SECONDS)
 
 
@@ -214,7 +227,8 @@ def ship(folder: Path, root: Path) -> str:
         if "end" not in queue[-1]:  # the process of the run was killed
             queue.append({"end": "KILLED", "time": _now()})
         try:
-            store.ship(queue, len(queue))
+            store.send_main(queue, len(queue))
+            store.send_side()
         except Exception as error:
             raise UserError(f"MLflow at {store.address}: {root_cause(error)}") from None
         journal.file.close()
@@ -239,7 +253,7 @@ def mark_killed(folder: Path, root: Path) -> None:
             end = {"end": "KILLED", "time": _now()}
             journal.append(end)
         with suppress(Exception):  # sent even if the journal has it, because the process may have been lost before it sent it
-            Store(root, journal, {**journal.start, "system_metrics": False}).ship(deque([end]), 1)
+            Store(root, journal, {**journal.start, "system_metrics": False}).send_main(deque([end]), 1)
     journal.file.close()
 
 

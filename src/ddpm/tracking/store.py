@@ -1,14 +1,15 @@
 """Sends a run's journal to MLflow's store: connects on first use, and gives up if a problem lasts too long at the end.
 
-What the store doesn't take holds up nothing else. Parameters, metrics, tags and the end of the run are sent first; files,
-pictures, data sets and models wait for them, and never the other way round. What the store refuses is set aside: it stays in the
-journal, and `src/ship.py` sends it.
+What the store doesn't take holds up nothing else. There are two lanes: parameters, metrics, tags and the end of the run never
+wait for files, pictures, data sets or models; each of these waits only for what the run logged before it. What the store refuses
+is set aside: it stays in the journal, and `src/ship.py` sends it.
 """
 
 import sys
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 EXIT_SECONDS = 10  # how long the end of a run waits for a store that has a problem
 SLOW_SECONDS = 120  # and for a store that is only slow, for example because its database is being created
 MAX_BATCH = 1000  # metrics per call, MLflow's limit
-SIDE = {  # the kinds of entries that others don't wait for, and what messages call them
+SIDE = {  # the kinds of entries in the side lane, and what messages call them
     "preview": "sample previews",
     "artifact": "files",
     "dataset": "the data set",
@@ -36,7 +37,16 @@ SIDE = {  # the kinds of entries that others don't wait for, and what messages c
     "best_evaluation": "the training's best evaluation",
 }
 DELETED = "somebody deleted this run in MLflow; restore it there first"
-PLAIN = {"start": "parameters", "metric": "metrics", "tags": "tags", "end": "the end of the run"}
+MAIN = {"start": "parameters", "metric": "metrics", "tags": "tags", "end": "the end of the run"}
+
+
+@dataclass
+class Lane:
+    """Entries that wait for one another, and the problem that holds them up."""
+
+    problem: str | None = None  # the latest one; None once sending works again
+    since: float = 0.0
+    told: bool = False
 
 
 class Store:
@@ -47,20 +57,24 @@ class Store:
         self.uri = tracking_uri(root)
         self.address = without_password(self.uri)
         self.run: StoredRun | None = None  # until the store was reached
-        self.waiting: list[Entry] = []  # of the kinds in SIDE, which the store was not ready for
+        self.waiting: list[Entry] = []  # the side lane's: what the run logged before them is sent
         self.refusal: str | None = None  # why an entry was set aside
-        self.held_up = "everything"  # what the latest problem holds up
         self.told: set[str] = set()  # the kinds of entries that a warning was printed about
-        self.problem: str | None = None  # the latest one; None once sending works again
-        self.problem_since = 0.0
+        self.main, self.side = Lane(), Lane()
         self.given_up = False
 
-    def ship(self, queue: deque[Entry], count: int) -> None:
-        """Send the first `count` entries of the queue in order, but those of the kinds in SIDE last. Sent ones leave the queue.
+    @property
+    def problem(self) -> str | None:
+        """What holds up a lane."""
+        return self.main.problem or self.side.problem
 
-        Raises what the store answered if something has to be sent again, and UserError if the run was deleted.
+    def send_main(self, queue: deque[Entry], count: int) -> None:
+        """Send the first `count` entries of the queue in order, and let those of the side lane wait for `send_side`.
+
+        What is sent leaves the queue. Raises what the store answered if something has to be sent again, and UserError if the run
+        was deleted.
         """
-        run, self.held_up = self.run or self.open(), "everything"
+        run = self.run or self.open()
         while count and not self.given_up:
             entries = _leading_metrics(queue, min(count, MAX_BATCH)) or [queue[0]]
             if _kind(entries[0]) in SIDE:
@@ -70,27 +84,23 @@ class Store:
             for _ in entries:
                 queue.popleft()
                 count -= 1
-        if error := self._send_waiting(run, queue):
-            self.held_up = ", ".join(dict.fromkeys(SIDE[_kind(entry)] for entry in self.waiting))
-            raise error
-        self.problem = None
 
-    def _send_waiting(self, run: StoredRun, queue: deque[Entry]) -> Exception | None:
-        """Send one waiting entry, and the others unless the queue has a new one; the error of one that has to go on waiting."""
+    def send_side(self) -> None:
+        """Send each waiting entry. Raises as `send_main` does, after it has tried the others."""
         last, no_answer = None, False
-        for n, entry in enumerate(self.waiting.copy()):
-            if (n and queue) or self.given_up:
-                break
+        for entry in self.waiting.copy():
             is_file = _kind(entry) in FILES
-            if is_file and no_answer:  # this one would have to wait as long
+            if self.given_up or (is_file and no_answer):  # this file would have to wait as long
                 continue
-            error = self._send(run, [entry])
+            assert self.run  # nothing waits before there is one
+            error = self._send(self.run, [entry])
             if error is None:
                 self.waiting.remove(entry)
             elif is_file and answer(error) is Answer.LATER:
                 no_answer = True
             last = error or last
-        return last
+        if last:
+            raise last
 
     def _send(self, run: StoredRun, entries: list[Entry]) -> Exception | None:
         """Send entries, or set them aside if they are refused; the error if they have to be sent again."""
@@ -98,11 +108,11 @@ class Store:
             run.log(entries)
         except Exception as error:
             meaning, kind = answer(error), _kind(entries[0])
-            if meaning not in (Answer.REFUSED, Answer.LACKING):
+            if meaning not in (Answer.REFUSED, Answer.LACKING) or self.given_up:
                 return error
             if run.is_deleted():
                 raise UserError(DELETED) from None
-            name, reason = {**SIDE, **PLAIN}[kind], root_cause(error)
+            name, reason = {**SIDE, **MAIN}[kind], root_cause(error)
             if meaning is Answer.LACKING and kind in SIDE:
                 run.discard(entries[0])
                 message = f"can't take {name}, perhaps because it is too old ({reason}); the run continues without"
@@ -163,25 +173,33 @@ class Store:
             run = client.create_run(experiment, start["time"], tags, start["name"])
         return StoredRun(client, self.root, self.outbox, experiment, run.info.run_id, run.info.artifact_uri, parent_id)
 
-    def report(self, error: Exception) -> None:
-        """Print a warning when a problem begins, but not again while it lasts."""
-        problem = root_cause(error)
-        if self.problem is None:
+    def report(self, lane: Lane, error: Exception) -> None:
+        """Print a warning when a lane's problem begins, but not again while it lasts."""
+        if self.given_up or (lane is self.side and self.main.problem):  # that one holds up everything
+            return
+        is_new = lane.problem is None
+        lane.problem = root_cause(error)
+        if is_new:
+            lane.since, lane.told = time.monotonic(), False
+            if lane is self.side:  # the next time: by then the main lane has seen whether it holds up everything
+                return
+        if not lane.told:
+            lane.told = True
             by_user = isinstance(error, UserError) or answer(error) is Answer.DENIED
             until = "this is fixed" if by_user else "the server answers"
-            told = f"{problem}; the run continues and sends {self.held_up} once {until}"
+            held_up = "everything" if lane is self.main else ", ".join(dict.fromkeys(SIDE[_kind(e)] for e in self.waiting))
+            told = f"{lane.problem}; the run continues and sends {held_up} once {until}"
             print(f"warning: MLflow at {self.address}: {told}", file=sys.stderr)
-            self.problem_since = time.monotonic()
-        self.problem = problem
 
     def wait_for(self, thread: threading.Thread) -> None:
-        """Return when the thread that sends has ended, or give up when the store had a problem or was slow for too long."""
+        """Return when the thread that sends has ended, or give up when a lane had a problem or was slow for too long."""
         began = time.monotonic()
         while thread.is_alive() and not self.given_up:
             thread.join(0.1)
             now = time.monotonic()
             too_slow = now - began > SLOW_SECONDS
-            self.given_up = too_slow or (self.problem is not None and now - max(began, self.problem_since) > EXIT_SECONDS)
+            held_up = [lane for lane in (self.main, self.side) if lane.problem and now - max(began, lane.since) > EXIT_SECONDS]
+            self.given_up = too_slow or bool(held_up)
 
 
 def _leading_metrics(queue: deque[Entry], limit: int) -> list[Entry]:
