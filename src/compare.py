@@ -8,7 +8,6 @@ import argparse
 import math
 import shutil
 import sys
-from collections import Counter
 from typing import Any
 
 from rich import box
@@ -16,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ddpm.errors import UserError
-from ddpm.experiments import WORKSPACE, Experiment, experiments_and_runs, run_label
+from ddpm.experiments import WORKSPACE, Experiment, comparable, experiments_and_runs
 from ddpm.paths import project_root
 from ddpm.runtime.cli import clean_errors
-from ddpm.tracking.connection import run_address, tracking_uri
-from ddpm.tracking.provenance import setting
+from ddpm.tracking.connection import run_address
+from ddpm.tracking.provenance import setting, short_names
 
 FLOORS = "× floor"  # FID as a multiple of what real images score
 COLUMNS = {  # heading: metric, digits
@@ -34,6 +33,9 @@ COLUMNS = {  # heading: metric, digits
 WIDTH = 100  # characters of the whole table
 COLUMN_WIDTH = 7
 HIDDEN_FIRST = ("kid", "train", "val.", "prec.", "recall", FLOORS)  # on narrower terminals, in this order
+LEGEND = """\
+★  the lowest FID among those with the most samples
+× floor  FID as a multiple of what as many real images score"""
 MOST_CHANGES = 3  # changed parameters in a row, and one more if that is the last
 
 
@@ -46,11 +48,16 @@ def main() -> None:
         print(links(name, found, runs))
     else:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
-        Console(width=width, markup=False, emoji=False).print(table(found, runs, width))
+        console, tables = Console(width=width, markup=False, emoji=False, highlight=False), comparable(found)
+        for title, group in tables.items():
+            if len(tables) > 1:
+                console.print(f"\n{title}")
+            console.print(table(group, runs, width))
+        console.print(LEGEND)
 
 
 def table(found: list[Experiment], runs: dict[str, Any], width: int) -> Table:
-    """One row per experiment, in at most `width` characters if possible. The best experiment has a star."""
+    """One row per experiment, in at most `width` characters if possible. The first one is the best and has a star."""
     hidden = HIDDEN_FIRST[: max(0, math.ceil((WIDTH - width) / COLUMN_WIDTH))]
     headings = [heading for heading in (FLOORS, *COLUMNS) if heading not in hidden]
     result = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
@@ -66,7 +73,7 @@ def table(found: list[Experiment], runs: dict[str, Any], width: int) -> Table:
             f"★ {e.name}" if e is best else e.name,
             "\n".join([*changes(e), *([e.state] if e.state else [])]),
             *(texts.get(heading, "") for heading in headings),
-            run_label(run) if run else "",
+            run.info.run_name if run else "",
             style="bold green" if e is best else None,
         )
     return result
@@ -82,8 +89,7 @@ def figures(e: Experiment) -> dict[str, str]:
 
 def changes(e: Experiment) -> list[str]:
     """The changed parameters, one per line. The section is left out if the rest of the name is unique."""
-    leaves = Counter(name.rpartition(".")[2] for name in e.params)
-    names = {name: leaf if leaves[leaf := name.rpartition(".")[2]] == 1 else name for name in e.changes}
+    names = short_names(e.params)
     lines = [setting(names[name], value) for name, value in e.changes.items()]
     if len(lines) <= MOST_CHANGES + 1:
         return lines
@@ -97,13 +103,13 @@ def links(name: str, found: list[Experiment], runs: dict[str, Any]) -> str:
     """
     for e in (e for e in found if "fid" in e.metrics):
         run = runs.get(e.samples_md5 or "")
-        names_of_run = (run.info.run_name, run_label(run), run.info.run_id) if run else ()
+        names_of_run = (run.info.run_name, run.info.run_id) if run else ()
         if name in (e.name, e.revision[:7], e.revision, *names_of_run):
             if e.revision == WORKSPACE:
                 where = "uncommitted results in your workspace"
             else:
                 where = f"`dvc exp apply {e.name}`" if e.base else f"`git checkout {e.name}`"
-            page = run_address(tracking_uri(project_root()), run) if run else "no run in this store evaluated it"
+            page = run_address(project_root(), run) if run else "no run in this store evaluated it"
             return f"{e.name}: {where}\n{run.info.run_name if run else 'MLflow'}: {page}"
     raise UserError(f"no finished experiment or evaluation is called {name}; `make compare` lists them")
 

@@ -18,7 +18,7 @@ from ddpm.evaluation.judge import REFERENCES, extract_all, judge
 from ddpm.figures import save_png
 from ddpm.files import file_md5, file_sha256, sha256, write_atomic
 from ddpm.params_file import load_params
-from ddpm.paths import CACHE, EVALUATION_METRICS, MODEL, NEIGHBOURS, SAMPLES, project_root
+from ddpm.paths import CACHE, EVALUATION_METRICS, MODEL, NEIGHBOURS, SAMPLES, project_root, raw_folder
 from ddpm.runtime.cli import clean_errors
 from ddpm.runtime.device import enough_memory, select_device
 from ddpm.runtime.distributed import Group
@@ -37,7 +37,7 @@ def main() -> None:
     path = Path(params.evaluate.classifier)
     classifier = load_classifier(path, params.data.name)
     samples = read_samples(SAMPLES)
-    data = load_dataset(params.data.name).subsample(REFERENCES)
+    data, data_sha256 = load_dataset(params.data.name).subsample(REFERENCES), dataset_sha256(params.data.name)
     check(samples, data, classifier, params.data.name, path)
     model = MODEL.read_bytes() if MODEL.exists() else None  # read once: another run may replace it meanwhile
     trained_here = model is not None and sha256(model) == samples.checkpoint_sha256
@@ -45,8 +45,9 @@ def main() -> None:
 
     def work(group: Group, folder: Path, run: Run | None) -> str:
         if run:
-            hashes = {"samples_md5": file_md5(SAMPLES), "evaluator_sha256": file_sha256(path)}
+            hashes = {"samples_md5": file_md5(SAMPLES), "evaluator_sha256": file_sha256(path), "data_sha256": data_sha256}
             run.tags({"samples": len(samples.images), **hashes})
+            run.dataset(params.data.name, data_sha256[:32], str(raw_folder(params.data.name)), {}, "evaluation")
         features = extract_all(classifier, samples.images, data, device, project_root() / CACHE, group)
         if run is None:
             return ""
@@ -64,7 +65,7 @@ def main() -> None:
         floor = f", {over_floor['fid_over_floor']:.0f} × the floor of real images" if over_floor else ""
         return f"fid {metrics['fid']:.4f}{floor}; all metrics are in {EVALUATION_METRICS}"
 
-    judged = {**params.evaluate.model_dump(), "data": dataset_sha256(params.data.name)}
+    judged = {**params.evaluate.model_dump(), "data": data_sha256}
     name = fingerprint(judged, [*imported_source(), SAMPLES, path])
     with enough_memory(device, "close other programs that use this device"):
         run_stage("evaluate", params, device, name, work, samples.checkpoint_sha256, trained_here, NEXT_STEPS)

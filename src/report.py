@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
 from ddpm.errors import UserError
-from ddpm.experiments import WORKSPACE, Experiment, experiments_and_runs
+from ddpm.experiments import WORKSPACE, Experiment, comparable, experiments_and_runs
 from ddpm.files import write_atomic
 from ddpm.paths import ANIMATION, GRID, NEIGHBOURS, OUTPUT, PIPELINE, PLOTS, STRIP, project_root
 from ddpm.runtime.cli import clean_errors
-from ddpm.tracking.connection import run_address, tracking_uri
+from ddpm.tracking.connection import run_address
 
 PAGE = OUTPUT / "report.html"
 MOST = 4  # experiments, unless they are named
@@ -70,11 +70,11 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="of experiments, as `make compare` lists them (default: the best four)")
     names = parser.parse_args().names
     found, runs = experiments_and_runs()
-    uri, columns = tracking_uri(project_root()), []
+    columns = []
     for e, colour in zip(chosen(names, found), cycle(COLOURS), strict=False):
         column = Column(e, colour, pictures(e.revision), curves(e.revision))
         if run := runs.get(e.samples_md5 or ""):
-            column.run, column.address = run.info.run_name, run_address(uri, run)
+            column.run, column.address = run.info.run_name, run_address(project_root(), run)
         columns.append(column)
     write_atomic(PAGE, page(columns).encode())
     print(f"{PAGE}: {', '.join(c.experiment.name for c in columns)}")
@@ -88,7 +88,7 @@ def chosen(names: list[str], found: list[Experiment]) -> list[Experiment]:
         raise UserError(f"no finished experiment is called {missing[0]}; `make compare` lists them")
     if not finished:
         raise UserError("there is nothing to show yet; `dvc repro` computes the first metrics")
-    return [known[name] for name in dict.fromkeys(names)] or finished[:MOST]
+    return [known[name] for name in dict.fromkeys(names)] or next(iter(comparable(finished).values()))[:MOST]
 
 
 def pictures(revision: str) -> dict[str, str]:
@@ -122,7 +122,7 @@ def read(path: str, revision: str) -> bytes | None:
 
 def page(columns: list[Column]) -> str:
     """The HTML page."""
-    comparable = len({c.experiment.params.get("sample.count") for c in columns}) == 1
+    alike = len({(c.experiment.judged_by, c.experiment.params.get("sample.count")) for c in columns}) == 1
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -132,10 +132,11 @@ def page(columns: list[Column]) -> str:
     )
     return environment.get_template("report.html.j2").render(
         columns=columns,
+        data_sets=sorted({c.experiment.data_set for c in columns}),
         stages=stages(),
         params=differing([c.experiment.params for c in columns]),
-        metrics=metric_rows([c.experiment.metrics for c in columns], comparable),
-        comparable=comparable,
+        metrics=metric_rows([c.experiment.metrics for c in columns], alike),
+        comparable=alike,
         charts=charts(columns),
         pictures=PICTURES,
     )

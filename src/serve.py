@@ -55,7 +55,7 @@ def main() -> None:
 
 def chosen(file: Path | None, params: Params) -> tuple[str, Path, SampleParams]:
     """The model to serve: its name, its checkpoint, and the sampling parameters that requests may omit."""
-    if file is None and (registered := champion(project_root())):
+    if file is None and (registered := champion(project_root(), params.data.name)):
         return registered
     checkpoint = file or (MODEL if MODEL.exists() else PRETRAINED)
     return str(checkpoint), checkpoint, pretrained_sampling() if checkpoint == PRETRAINED else params.sample

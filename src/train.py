@@ -95,16 +95,16 @@ def write_outputs(trained: Trained, params: Params, data: Dataset) -> None:
 
 
 def log_outputs(run: Run, trained: Trained, params: Params, data_sha256: str, execution: Execution) -> None:
+    about = {
+        "checkpoint_sha256": file_sha256(MODEL),
+        "data_sha256": data_sha256,
+        "precision": "bfloat16" if use_bfloat16(params.train, execution.device) else "float32",
+        "parameters": sum(w.numel() for w in trained.weights.values()),
+        "processes": execution.group.world_size,
+    }
     run.artifact(MODEL, "model")
-    run.tags(
-        {
-            "checkpoint_sha256": file_sha256(MODEL),
-            "data_sha256": data_sha256,
-            "precision": "bfloat16" if use_bfloat16(params.train, execution.device) else "float32",
-            "parameters": sum(w.numel() for w in trained.weights.values()),
-            "processes": execution.group.world_size,
-        }
-    )
+    run.tags(about)
+    run.model(params.model_dump(include={"data", "train"}), about)
 
 
 if __name__ == "__main__":

@@ -17,46 +17,50 @@ from contextlib import suppress
 import requests
 
 from ddpm.errors import Stopped, UserError
+from ddpm.files import write_atomic
+from ddpm.params_file import load_params
 from ddpm.paths import project_root
 from ddpm.runtime.cli import between, clean_errors
 from ddpm.tracking.client import ARTIFACTS
-from ddpm.tracking.connection import tracking_uri, without_password
+from ddpm.tracking.connection import UI_HOST, UI_PORT, UI_PORT_FILE, tracking_uri, without_password
 from ddpm.tracking.queries import experiment_with_views
 from ddpm.tracking.views import runs_page
 
-HOST, PORT = "127.0.0.1", 5000
 READY_SECONDS = 120
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--port", type=between(1, 65535), default=PORT)
+    parser.add_argument("--port", type=between(1, 65535), default=UI_PORT)
     port = parser.parse_args().port
     root = project_root()
-    uri = tracking_uri(root)
+    uri, data_set = tracking_uri(root), load_params().data.name
     if uri.startswith("http"):
-        print(runs_page(without_password(uri.rstrip("/")), experiment_with_views(root)))
+        print(runs_page(without_password(uri.rstrip("/")), experiment_with_views(root, data_set), data_set))
         return
     with socket.socket() as probe:
-        if probe.connect_ex((HOST, port)) == 0:
+        if probe.connect_ex((UI_HOST, port)) == 0:
             another = f"to use another port: python src/ui.py --port {port + 1}"
             raise UserError(f"port {port} is already in use, perhaps by another `make ui`; {another}")
     command = [
-        *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
+        *(sys.executable, "-m", "mlflow", "server", "--host", UI_HOST, "--port", str(port), "--workers", "1"),
         *("--artifacts-destination", str(root / ARTIFACTS)),
     ]
     experiment = None
     try:
-        experiment = experiment_with_views(root)
+        experiment = experiment_with_views(root, data_set)
     except UserError as error:  # such as that it was deleted, which can be undone on the server's pages
         print(f"note: {error}", file=sys.stderr)
     server = start_server(command, uri)
     try:
-        wait_until_ready(server, f"http://{HOST}:{port}", command)
-        print(f"{runs_page(f'http://{HOST}:{port}', experiment)}\nPress Ctrl-C to stop the server.", flush=True)
+        address = f"http://{UI_HOST}:{port}"
+        wait_until_ready(server, address, command)
+        write_atomic(root / UI_PORT_FILE, str(port).encode())
+        print(f"{runs_page(address, experiment, data_set)}\nPress Ctrl-C to stop the server.", flush=True)
         with suppress(Stopped):
             server.wait()
     finally:
+        (root / UI_PORT_FILE).unlink(missing_ok=True)
         with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
         server.wait()

@@ -25,8 +25,8 @@ from ddpm.tracking import registry
 from ddpm.tracking import run as runs_module
 from ddpm.tracking import store as store_module
 from ddpm.tracking.client import connect
-from ddpm.tracking.connection import EXPERIMENT, Answer, answer
-from ddpm.tracking.registry import MODEL_NAME, champion
+from ddpm.tracking.connection import EXPERIMENT, MODEL_NAME, Answer, answer
+from ddpm.tracking.registry import champion
 from ddpm.tracking.run import Run, ship, start_run
 from helpers import TRACKING_VARIABLES, Server, free_port, picture, runs
 
@@ -38,7 +38,7 @@ SAMPLING = {
     "sampler": "ddim", "steps": 7, "spacing": "tapered", "eta": 0.0, "variance": "small", "clip": True,
     "guidance_scale": 1.0, "classes": "all", "count": 1000, "seed": 3,
 }  # fmt: skip
-PARTS = ("params", "metrics", "tags", "dataset", "previews", "files", "version")
+PARTS = ("params", "metrics", "tags", "dataset", "model", "previews", "files", "version")
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +58,7 @@ def evaluation(root: Path, marker: str) -> Iterator[Run]:
     with start_run("evaluate", params, root, root / ".resume" / marker, checkpoint_sha256=marker) as run:
         run.tags({"marker": marker, "samples": 1000, "evaluator_sha256": "e", "cursed": "tag"})
         run.dataset("FashionMNIST", "0123456789abcdef", "data/raw", {}, "evaluation")
+        run.model({"train": {"seed": 1}}, {"checkpoint_sha256": marker})
         for step in STEPS[:15]:
             run.metrics(step, {"eval/loss": 1 / step})
         run.preview(1, picture(1))
@@ -98,6 +99,7 @@ def found(client, marker: str, experiment: str = EXPERIMENT) -> dict[str, bool]:
         "metrics": losses == [(step, 1 / step) for step in STEPS] and {"eval/cursed", "eval/fid"} <= run.data.metrics.keys(),
         "tags": {"samples", "evaluator_sha256", "cursed"} <= run.data.tags.keys(),
         "dataset": len(run.inputs.dataset_inputs) == 1,
+        "model": bool(run.outputs and run.outputs.model_outputs),
         "previews": len([path for path in images if path.endswith(".png")]) == 2,
         "files": [Path(path).name for path in files] == ["card.json"],
         "version": bool(version) and version[0].tags["fid"] == "0.5",
@@ -139,9 +141,10 @@ FAULTS = {  # what is refused, what isn't there until that ends, and of it what 
             Fault("PUT", "/model/", 400),
             *(Fault("POST", "runs/log-batch", 400, name) for name in (b'"eval/cursed"', b'"evaluate.cursed"', b'"cursed"')),
             Fault("POST", "runs/log-inputs", 400),
+            Fault("POST", "runs/outputs", 400),
         ],
-        ["previews", "files", "metrics", "params", "tags", "dataset"],
-        ["params", "tags", "dataset"],
+        ["previews", "files", "metrics", "params", "tags", "dataset", "model"],
+        ["params", "tags", "dataset", "model"],
     ),
     "later": ([Fault(m, FILES, 503, answer=HTML) for m in ("PUT", "GET")], ["previews", "files", "version"], []),
     "denied": (
@@ -254,7 +257,7 @@ def test_what_is_not_taken_holds_up_nothing_else_and_arrives_later(server, tmp_p
 
 @pytest.mark.parametrize(
     ("path", "lacking"),
-    [("runs/log-inputs", "dataset"), ("registered-models", "version")],
+    [("runs/log-inputs", "dataset"), ("registered-models", "version"), ("logged-models", "model")],
 )
 def test_what_a_server_is_too_old_for_is_told_once_and_not_kept(server, tmp_path, monkeypatch, capsys, path, lacking):
     with proxy(server) as front:
@@ -372,8 +375,9 @@ def test_an_old_server_gets_everything_and_its_database_is_upgraded_after_a_copy
         monkeypatch.setenv("MLFLOW_TRACKING_URI", front.address)
         with evaluation(tmp_path, "old") as run:
             sent(run)
-        assert capsys.readouterr().err == ""
-        assert found(connect(tmp_path), "old") == all_but()
+        (warning,) = capsys.readouterr().err.splitlines()
+        assert "can't take the model's page, perhaps because it is too old" in warning
+        assert found(connect(tmp_path), "old") == all_but("model")
         assert champion(tmp_path)[0] == f"{MODEL_NAME}, version 1"
 
         front.away = True
@@ -381,7 +385,7 @@ def test_an_old_server_gets_everything_and_its_database_is_upgraded_after_a_copy
             pass
         front.away = False
         ship(kept(tmp_path), tmp_path)
-        assert found(connect(tmp_path), "old and away") == all_but()
+        assert found(connect(tmp_path), "old and away") == all_but("model")
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     (tmp_path / "old.db").rename(tmp_path / "mlflow.db")
@@ -448,7 +452,7 @@ def test_where_files_can_not_be_put_all_else_arrives(server, tmp_path, monkeypat
         with pytest.raises(UserError, match=reason):
             ship(kept(tmp_path), tmp_path)
     else:
-        assert found(client, marker, experiment) == all_but("previews", "files", "version")
+        assert found(client, marker, experiment) == all_but("model", "previews", "files", "version")
         file.unlink()
         file.mkdir()
         ship(kept(tmp_path), tmp_path)

@@ -71,7 +71,7 @@ def test_a_project_in_a_larger_repository_is_described_as_one_of_its_own(reposit
     monkeypatch.chdir(repository / "projects/garments")
     (repository / "other.py").write_text("2\n")
     name, tags = describe("train", changed({"train": {"seed": 5}}))
-    assert (name, tags["changed"], tags["git_dirty"]) == ("train train.seed=5", "train.seed=5", "false")
+    assert (name, tags["changed"], tags["git_dirty"]) == ("train seed=5", "train.seed=5", "false")
     assert "dvc exp run -S train.seed=5" in tags["mlflow.note.content"]
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace("seed: 0", "seed: 6"))
     Path("code.py").write_text("2\n")
@@ -109,12 +109,12 @@ with clean_errors():
 
 def test_a_run_is_named_by_what_was_changed_of_what_it_hangs_on(repository):
     params = changed({"sample": {"steps": 3}, "train": {"model": {"channels": [24, 48]}}, "runtime": {"device": "cpu"}})
-    assert describe("train", params)[0] == "train train.model.channels=[24,48]"
+    assert describe("train", params)[0] == "train channels=[24,48]"
     name, tags = describe("evaluate", params)
-    assert name == "evaluate train.model.channels=[24,48], sample.steps=3"
+    assert name == "evaluate channels=[24,48], sample.steps=3"
     assert tags["changed"] == "train.model.channels=[24,48], sample.steps=3"
     many = changed({"sample": {"steps": 3, "seed": 4, "eta": 0.5, "clip": False, "count": 20}})
-    assert describe("sample", many)[0] == "sample sample.steps=3, sample.eta=0.5, sample.clip=false, and 2 more"
+    assert describe("sample", many)[0] == "sample sample.steps=3, eta=0.5, +3"
 
 
 @pytest.mark.parametrize("content", ["", "- 1", "train: [", "\0"])
@@ -128,10 +128,10 @@ def test_an_experiment_and_a_preset_give_their_names(repository, monkeypatch):
     name, tags = describe("evaluate", changed(preset))
     assert name == "evaluate smoke"
     assert tags["preset"] == "smoke"
-    assert describe("train", changed({**preset, "train": {**preset["train"], "seed": 5}}))[0] == "train smoke (train.seed=5)"
+    assert describe("train", changed({**preset, "train": {**preset["train"], "seed": 5}}))[0] == "train smoke, seed=5"
     monkeypatch.setenv("DVC_EXP_NAME", "few-steps")
     name, tags = describe("sample", changed({"sample": {"steps": 5}}))
-    assert name == "sample few-steps (sample.steps=5)"
+    assert name == "sample few-steps"
     assert tags["dvc_exp_name"] == "few-steps"
     assert "dvc exp apply few-steps " in tags["mlflow.note.content"]
 
@@ -142,7 +142,7 @@ def test_changes_count_from_the_commit_that_the_experiment_started_from(reposito
     git(repository, "commit", "-qam", "second")
     assert describe("train", changed({"train": {"steps": 7}}))[0].startswith("train @")
     monkeypatch.setenv("DVC_EXP_BASELINE_REV", first)
-    assert describe("train", changed({"train": {"steps": 7}}))[0] == "train train.steps=7"
+    assert describe("train", changed({"train": {"steps": 7}}))[0] == "train steps=7"
 
 
 def test_edited_files_are_named_but_not_what_runs_change(repository):

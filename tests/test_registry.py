@@ -1,5 +1,6 @@
 """The registry of a real MLflow store: one version a checkpoint, and who is champion."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import pytest
 from ddpm.errors import UserError
 from ddpm.params import SampleParams
 from ddpm.tracking import run as runs
-from ddpm.tracking.connection import tracking_uri
-from ddpm.tracking.registry import CHAMPION, MODEL_NAME, champion
+from ddpm.tracking.connection import MODEL_NAME, tracking_uri
+from ddpm.tracking.registry import CHAMPION, champion
 from ddpm.tracking.run import start_run
 
 pytestmark = pytest.mark.slow
@@ -50,21 +51,27 @@ def empty(request):
             client.delete_registered_model(model.name)
 
 
-def evaluate(root: Path, name: str, fid: float, samples: int = 1000, evaluator: str = "e", **sampling) -> None:
+def evaluate(
+    root: Path, name: str, fid: float, samples: int = 1000, evaluator: str = "e", data: str = "FashionMNIST", **sampling
+) -> None:
     """As the stage does, of a checkpoint that is known by its name."""
-    with start_run("evaluate", {}, root, root / ".resume" / f"{name}-{fid}", checkpoint_sha256=name) as run:
-        run.tags({"samples": samples, "evaluator_sha256": evaluator})
-        run.metrics(0, {"eval/fid": fid})
+    params = {"data": {"name": data}}
+    with start_run("evaluate", params, root, root / ".resume" / f"{name}-{fid}", checkpoint_sha256=name) as run:
+        run.tags({"samples": samples, "evaluator_sha256": evaluator, "data_sha256": f"sha of {data}"})
+        run.dataset(data, "0123", "data/raw", {}, "evaluation")
+        values = {"eval/fid": fid, "eval/fid_floor": 0.0123456}
+        run.metrics(0, values)
+        run.best_evaluation(values)
         run.register(name.encode(), {**SAMPLING, **sampling})
 
 
-def versions(client) -> dict[str, str]:
+def versions(client, model: str = MODEL_NAME) -> dict[str, str]:
     """Checkpoint and FID of each."""
-    return {v.tags["checkpoint_sha256"]: v.tags["fid"] for v in client.search_model_versions(f"name = '{MODEL_NAME}'")}
+    return {v.tags["checkpoint_sha256"]: v.tags["fid"] for v in client.search_model_versions(f"name = '{model}'")}
 
 
-def best(client) -> str:
-    return client.get_model_version_by_alias(MODEL_NAME, CHAMPION).tags["checkpoint_sha256"]
+def best(client, model: str = MODEL_NAME) -> str:
+    return client.get_model_version_by_alias(model, CHAMPION).tags["checkpoint_sha256"]
 
 
 def test_without_a_store_or_a_champion_there_is_none_and_none_is_made(tmp_path, root, client):
@@ -83,7 +90,9 @@ def test_a_checkpoint_is_one_version_with_its_best_evaluation(root, client):
     assert versions(client) == {"one": "0.4"}
     (version,) = client.search_model_versions(f"name = '{MODEL_NAME}'")
     assert client.get_run(version.tags["evaluation"]).data.metrics["eval/fid"] == 0.4
-    assert version.description.startswith("FID 0.4 of 1000 samples; evaluate ")
+    assert version.description.startswith("FID 0.4 of 1000 samples (dpmpp_2m, 9 steps, guidance 1.5)\n")
+    assert "| FID, less is better | 0.4 | 0.01235 |" in version.description
+    assert version.tags["evaluation"] in version.description
     name, path, sampling = champion(root)
     assert name == f"{MODEL_NAME}, version 1"
     assert path.read_text() == "one"
@@ -121,9 +130,62 @@ def test_the_version_belongs_to_the_training_that_made_the_checkpoint(root, clie
     assert version.source == f"{owner.info.artifact_uri}/generator"
 
 
+def test_models_of_other_images_have_a_champion_and_an_experiment_of_their_own(root, client):
+    evaluate(root, "garments", 0.5)
+    evaluate(root, "small sprites", 0.1, data="sprites")
+    evaluate(root, "sprites", 0.05, data="sprites")
+    assert (versions(client), best(client)) == ({"garments": "0.5"}, "garments")
+    assert versions(client, "sprites-ddpm") == {"small sprites": "0.1", "sprites": "0.05"}
+    assert best(client, "sprites-ddpm") == "sprites"
+    assert champion(root)[1].read_text() == "garments"
+    assert champion(root, "sprites")[1].read_text() == "sprites"
+    assert champion(root, "photos") is None
+    of_sprites = client.get_experiment_by_name("sprites-ddpm").experiment_id
+    assert {run.data.params["data.name"] for run in client.search_runs([of_sprites])} == {"sprites"}
+
+
+@pytest.mark.parametrize("fails", [None, "create_logged_model", "finalize_logged_model", "log_outputs"])
+def test_a_trained_model_is_on_the_page_of_models(root, client, monkeypatch, fails):
+    """With what it was trained with, its best evaluation and its version, also where the connection fails in between."""
+    import mlflow
+
+    name, remaining = f"model {fails}", [fails]
+    if fails:
+        real = getattr(mlflow.MlflowClient, fails)
+
+        def fails_once(self, *arguments, **options):
+            done = real(self, *arguments, **options)
+            if remaining.pop():
+                raise mlflow.exceptions.MlflowException("gone")
+            return done
+
+        monkeypatch.setattr(mlflow.MlflowClient, fails, lambda *a, **o: (fails_once if remaining else real)(*a, **o))
+    with start_run("train", {"train": {"seed": 3}}, root, root / ".resume" / name) as run:
+        run.tags({"checkpoint_sha256": name})
+        run.model({"train": {"seed": 3}}, {"checkpoint_sha256": name, "parameters": 7})
+    assert bool(remaining) == (fails is None)
+    evaluate(root, name, 0.123456)
+    evaluate(root, name, 0.2)
+    (training,) = client.search_runs([run.store.run.experiment_id], f"tags.checkpoint_sha256 = '{name}' and tags.stage = 'train'")
+    (model,) = client.search_logged_models(
+        [training.info.experiment_id], f"source_run_id = '{training.info.run_id}'", order_by=[{"field_name": "creation_time"}]
+    )
+    assert [output.model_id for output in training.outputs.model_outputs] == [model.model_id]
+    assert (model.name, str(model.status)) == (MODEL_NAME, "READY")
+    assert model.params == {"train.seed": "3"} and model.tags["checkpoint_sha256"] == name and model.tags["parameters"] == "7"
+    assert {(m.key, m.value, m.dataset_name, m.dataset_digest) for m in model.metrics} == {
+        ("eval/fid", 0.1235, "FashionMNIST", "0123"),
+        ("eval/fid_floor", 0.01235, "FashionMNIST", "0123"),
+    }
+    (version,) = client.search_model_versions(f"name = '{MODEL_NAME}'")
+    assert version.run_id == training.info.run_id
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": MODEL_NAME, "version": version.version}]
+    assert client.get_run(version.tags["evaluation"]).data.metrics["eval/fid"] == 0.123456  # exact where it was measured
+
+
 CALLS = (  # of the client, in which a registration can be interrupted, and after how many good ones
     ("create_registered_model", 0), ("search_model_versions", 0), ("log_artifacts", 0), ("create_model_version", 0),
-    *(("set_model_version_tag", good) for good in range(6)), ("update_model_version", 0), ("set_registered_model_alias", 0),
+    *(("set_model_version_tag", good) for good in range(7)), ("update_model_version", 0), ("set_registered_model_alias", 0),
 )  # fmt: skip
 
 
@@ -156,7 +218,7 @@ def test_interrupted_half_way_it_is_completed(root, client, monkeypatch, call, g
     (version,) = client.search_model_versions(f"name = '{MODEL_NAME}'")
     assert best(client) == "torn"
     assert client.get_run(version.tags["evaluation"]).data.metrics["eval/fid"] == 0.5
-    assert version.description.startswith("FID 0.5 of 1000 samples; ")
+    assert version.description.startswith("FID 0.5 of 1000 samples (dpmpp_2m, 9 steps, ")
     assert champion(root)[2].steps == 9
 
 

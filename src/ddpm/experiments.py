@@ -8,12 +8,16 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from ddpm.errors import UserError
+from ddpm.params import FASHION_MNIST
 from ddpm.paths import PARAMS, SAMPLES, project_root
+from ddpm.tracking.client import connect
+from ddpm.tracking.connection import store_exists, tracking_uri
 from ddpm.tracking.provenance import flatten, git
 from ddpm.tracking.queries import evaluations
 
@@ -29,6 +33,7 @@ class Experiment:
     params: dict[str, Any] = field(default_factory=dict)  # by dotted name
     metrics: dict[str, float] = field(default_factory=dict)  # empty unless it is done
     samples_md5: str | None = None  # of output/samples.npz; None unless it is done
+    judged_by: tuple[str, str] = ("", "")  # MD5 of the data set and of the evaluator, which decide what the figures mean
     state: str = ""  # queued, running, failed or unreadable; empty if it is done
     base: dict[str, Any] = field(default_factory=dict)  # the parameters of the commit that it started from; empty for a commit
 
@@ -37,12 +42,36 @@ class Experiment:
         """The parameters that differ from those of the commit that it started from."""
         return {name: value for name, value in self.params.items() if self.base and self.base.get(name) != value}
 
+    @property
+    def data_set(self) -> str:
+        return self.params.get("data.name", FASHION_MNIST)
+
 
 def experiments_and_runs() -> tuple[list[Experiment], dict[str, Any]]:
     """The experiments, the best first, and the newest MLflow evaluation of each file of samples by its MD5."""
-    with ThreadPoolExecutor() as pool:  # both at once, because each takes seconds
-        found, runs = pool.submit(experiments), pool.submit(evaluations, project_root())
-    return found.result(), runs.result()
+    root = project_root()
+    with ThreadPoolExecutor() as pool:
+        if store_exists(tracking_uri(root)):
+            pool.submit(connect, root)  # which imports MLflow in the meantime; an error of the store is told below
+        found = experiments()
+    return found, evaluations(root, {e.data_set for e in found})
+
+
+def comparable(found: list[Experiment]) -> dict[str, list[Experiment]]:
+    """The experiments in groups whose figures can be compared, by a title: the same data set and evaluator judged them.
+
+    Those without figures are in the first group of their data set.
+    """
+    groups: dict[tuple[str, str, str], list[Experiment]] = {}
+    for e in found:
+        same_data = (key for key in groups if key[0] == e.data_set)
+        key = (e.data_set, *e.judged_by) if e.metrics else next(same_data, (e.data_set, "", ""))
+        groups.setdefault(key, []).append(e)
+    titles = Counter(data_set for data_set, *_ in groups)
+    return {
+        data_set if titles[data_set] == 1 else f"{data_set} (data {data[:7]}, evaluator {evaluator[:7]})": group
+        for (data_set, data, evaluator), group in groups.items()
+    }
 
 
 def experiments() -> list[Experiment]:
@@ -65,13 +94,13 @@ def experiments() -> list[Experiment]:
         if commit is head or (started and commit.samples_md5 != head.samples_md5):
             found.append(commit)
         found += [_experiment(row["revs"][0], commit.params, (row["executor"] or {}).get("state")) for row in started]
-    return sorted(found, key=_rank)
+    return sorted(found, key=lambda e: (e.judged_by != head.judged_by, *_rank(e)))
 
 
-def _rank(e: Experiment) -> tuple[float, float]:
+def _rank(e: Experiment) -> tuple[bool, tuple[str, str], float, float]:
     """Sorts by the number of samples, because FID is higher with fewer, then by FID; unfinished experiments last."""
-    count = e.params.get("sample.count", 0) if "fid" in e.metrics else 0
-    return -count, e.metrics.get("fid", math.inf)
+    is_unfinished = "fid" not in e.metrics
+    return is_unfinished, e.judged_by, -e.params.get("sample.count", 0), e.metrics.get("fid", math.inf)
 
 
 def _exp_show() -> list[dict[str, Any]]:
@@ -102,6 +131,8 @@ def _experiment(row: dict[str, Any], base: dict[str, Any], state: str | None = N
     files = (data.get("metrics") or {}).values()
     metrics = {name: value for file in files for name, value in (file.get("data") or {}).items() if math.isfinite(value)}
     samples = (data.get("outs") or {}).get(SAMPLES.as_posix()) or {}
+    deps, data_set, evaluator = data.get("deps") or {}, params.get("data.name"), params.get("evaluate.classifier")
+    hashes = [(deps.get(path) or {}).get("hash") or "" for path in (f"data/{data_set}/raw", evaluator)]
     state = "unreadable" if row.get("error") else "" if state in (None, "success") else state
     return Experiment(
         name=row["name"] or (row["rev"] if row["rev"] == WORKSPACE else row["rev"][:7]),
@@ -109,11 +140,7 @@ def _experiment(row: dict[str, Any], base: dict[str, Any], state: str | None = N
         params=params,
         metrics={} if state else metrics,
         samples_md5=None if state else samples.get("hash"),
+        judged_by=(hashes[0], hashes[1]),
         state=state or "",
         base=base,
     )
-
-
-def run_label(run: Any) -> str:
-    """The name of an MLflow run without the changed parameters in brackets."""
-    return run.info.run_name.partition(" (")[0]

@@ -40,7 +40,7 @@ def extract_all(
 
 
 def judge(samples: Samples, data: Dataset, features: Features) -> tuple[dict[str, float], Image]:
-    """All metrics by name, and the picture of the samples that are closest to a training image."""
+    """All metrics by name, those of real images last, and the picture of the samples that are closest to a training image."""
     labels, (sample_features, predicted) = samples.labels, features.samples
     train, (test, test_predicted) = features.train.features, features.test
     metrics = {"fid": fid(sample_features, train), "fid_test": fid(sample_features, test), "kid": kid(sample_features, train)}
@@ -50,20 +50,19 @@ def judge(samples: Samples, data: Dataset, features: Features) -> tuple[dict[str
         1 if len(sample_features) == len(test) else FLOOR_DRAWS
     )  # with as many samples as test images, every draw is the whole test set
     draws = [draw for seed in range(count) if (draw := class_balanced(data.test_labels, labels, seed)) is not None]
-    if draws:
-        metrics |= floors(train, test, data, labels, draws)
+    of_real = floors(train, test, data, labels, draws) if draws else {}
     unseen = draws[0] if draws else slice(None)  # there is no floor if some class has more samples than test images
     real = test[unseen]
     metrics |= prdc(sample_features[:n], real)
     if (real_draw := class_balanced(data.labels, labels[:n], 0)) is not None:
-        metrics |= {f"{name}_real": value for name, value in prdc(train[real_draw], real).items()}
+        of_real |= {f"{name}_real": value for name, value in prdc(train[real_draw], real).items()}
 
     if (labels >= 0).all():
         metrics["class_accuracy"] = (predicted == labels).float().mean().item()
     if data.classes:
-        metrics["class_accuracy_real"] = (test_predicted == data.test_labels).float().mean().item()
+        of_real["class_accuracy_real"] = (test_predicted == data.test_labels).float().mean().item()
     copies, picture = neighbours(samples.images, sample_features, data, train, data.test_images[unseen], real)
-    return metrics | copies, picture
+    return metrics | copies | of_real, picture
 
 
 def class_balanced(pool: Tensor, labels: Tensor, seed: int) -> Tensor | None:

@@ -49,8 +49,8 @@ def connect(root: Path) -> "MlflowClient":
         return mlflow.MlflowClient(uri, uri)
 
 
-def find_experiment(client: "MlflowClient") -> "Experiment | None":
-    """The experiment that MLFLOW_EXPERIMENT_ID or MLFLOW_EXPERIMENT_NAME names, else ours; None if there is none of this name.
+def find_experiment(client: "MlflowClient", data_set: str) -> "Experiment | None":
+    """The experiment that MLFLOW_EXPERIMENT_ID or MLFLOW_EXPERIMENT_NAME names, else the data set's; None if there is none.
 
     Raises UserError if there is none with this ID, or if it was deleted.
     """
@@ -65,7 +65,7 @@ def find_experiment(client: "MlflowClient") -> "Experiment | None":
                 raise
             raise UserError(f"MLFLOW_EXPERIMENT_ID: there is no experiment {wanted}") from None
     else:
-        experiment = client.get_experiment_by_name(experiment_name())
+        experiment = client.get_experiment_by_name(experiment_name(data_set))
     if experiment and experiment.lifecycle_stage == "deleted":
         raise UserError(
             f"the experiment {experiment.name} was deleted; restore it in MLflow, or name another in MLFLOW_EXPERIMENT_NAME"

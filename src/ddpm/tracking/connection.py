@@ -6,10 +6,14 @@ Every module that sends to MLflow or asks it imports this one first: MLflow read
 import logging
 import os
 import re
+import socket
 import traceback
 from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ddpm.params import FASHION_MNIST
+from ddpm.paths import CACHE
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -19,8 +23,10 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # what fails stays in the run's queue, which is sent again
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # seconds
 
-EXPERIMENT = "fashion-mnist-ddpm"  # the default of MLFLOW_EXPERIMENT_NAME
+EXPERIMENT, MODEL_NAME = "fashion-mnist-ddpm", "fashion-ddpm"  # of Fashion-MNIST
 SQLITE = "sqlite:///"
+UI_HOST, UI_PORT = "127.0.0.1", 5000
+UI_PORT_FILE = CACHE / "ui-port"  # while `make ui` runs
 ACCESS_ERRORS = {  # by HTTP status
     401: "login failed; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
     403: "the user in MLFLOW_TRACKING_USERNAME lacks the permission; ask the server's administrator for it",
@@ -55,9 +61,15 @@ def store_exists(uri: str) -> bool:
     return not uri.startswith(SQLITE) or Path(uri.removeprefix(SQLITE)).exists()
 
 
-def experiment_name() -> str:
-    """The MLflow experiment that all runs belong to."""
-    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+def experiment_name(data_set: str) -> str:
+    """The MLflow experiment that the runs of a data set belong to."""
+    ours = EXPERIMENT if data_set == FASHION_MNIST else f"{data_set}-ddpm"
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or ours
+
+
+def model_name(data_set: str) -> str:
+    """The registered model whose versions were trained on a data set."""
+    return MODEL_NAME if data_set == FASHION_MNIST else f"{data_set}-ddpm"
 
 
 def without_password(uri: str) -> str:
@@ -65,10 +77,21 @@ def without_password(uri: str) -> str:
     return re.sub(r"//.*@", "//", uri)
 
 
-def run_address(uri: str, run: "Run") -> str:
+def run_address(root: Path, run: "Run") -> str:
     """The address of the run's page, on the tracking server or on the server that `make ui` starts."""
-    server = without_password(uri.rstrip("/")) if uri.startswith("http") else "http://127.0.0.1:5000"
+    uri = tracking_uri(root)
+    server = without_password(uri.rstrip("/")) if uri.startswith("http") else f"http://{UI_HOST}:{ui_port(root)}"
     return f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning"
+
+
+def ui_port(root: Path) -> int:
+    """The port that the repository's `make ui` uses, or would use."""
+    try:
+        port = int((root / UI_PORT_FILE).read_text())
+    except (OSError, ValueError):  # none runs
+        return UI_PORT
+    with socket.socket() as probe:
+        return port if probe.connect_ex((UI_HOST, port)) == 0 else UI_PORT  # else it was killed
 
 
 def hide_info_logs() -> None:

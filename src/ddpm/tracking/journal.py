@@ -6,8 +6,9 @@ is the last one, unless the run was resumed after it. Times are milliseconds sin
     {"start": {"stage", "name", "params", "tags", "checkpoint_sha256", "system_metrics", "journal", "time"}}
     {"metric": name, "value", "step", "time"}          {"dataset": {"name", "digest", "source", "profile", "context"}}
     {"preview": file, "step", "time"}                  {"tags": {…}}
-    {"artifact": file, "folder"}                       {"best_evaluation": {metric: value, …}, "time"}
-    {"register": file, "sampling": {…}}                {"end": status, "time"}
+    {"artifact": file, "folder"}                       {"model": {"params": {…}, "tags": {…}}}
+    {"register": file, "sampling": {…}}                {"best_evaluation": {metric: value, …}, "time"}
+                                                       {"end": status, "time"}
 """
 
 import errno

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ SECTIONS = {  # the sections of params.yaml that the result of each stage depend
     "sample": ("data", "train", "sample"),
     "evaluate": ("data", "train", "sample", "evaluate"),
 }
-MAX_CHANGES_IN_NAME = 3
+MAX_CHANGES_IN_NAME = 2
 MAX_TAG = 5000  # characters
 # What runs and experiments write by themselves, so that it isn't listed among the user's edits
 WRITTEN_BY_RUNS = ("params.yaml", "dvc.lock", "data/", "models/diffusion_model", "output/")
@@ -51,7 +52,8 @@ def describe(stage: str, params: dict[str, Any]) -> tuple[str, dict[str, str]]:
         "changed": ", ".join(setting(name, value) for name, value in changed.items())[:MAX_TAG],
         **_versions(),
     }
-    name = f"{stage} {_label(experiment, preset, unexplained, commit)}"
+    shorter = short_names(relevant)
+    name = f"{stage} {_label(experiment, preset, {shorter[name]: value for name, value in unexplained.items()}, commit)}"
     return name, {name: value for name, value in tags.items() if value}
 
 
@@ -78,15 +80,16 @@ def _preset(params: dict[str, Any], changed: dict[str, Any]) -> tuple[str, dict[
 
 
 def _label(experiment: str, preset: str, changes: dict[str, Any], commit: str | None) -> str:
-    """Such as "few-steps (sample.steps=5)", "smoke", "train.seed=5", or "@1a2b3c4" if nothing was changed from that commit."""
-    names = " ".join(filter(None, (experiment, preset)))
+    """What fits the table of runs, such as "few-steps", "smoke", "seed=5, +3", or "@1a2b3c4" if nothing was changed from there.
+
+    The tag `changed` has all that was changed.
+    """
+    if experiment:
+        return experiment
     settings = [setting(name, value) for name, value in list(changes.items())[:MAX_CHANGES_IN_NAME]]
     if len(changes) > MAX_CHANGES_IN_NAME:
-        settings.append(f"and {len(changes) - MAX_CHANGES_IN_NAME} more")
-    text = ", ".join(settings)
-    if names and text:
-        return f"{names} ({text})"
-    return names or text or f"@{_short(commit)}"
+        settings.append(f"+{len(changes) - MAX_CHANGES_IN_NAME}")
+    return ", ".join(filter(None, [preset, *settings])) or f"@{_short(commit)}"
 
 
 def _note(experiment: str, commit: str | None, preset: str, changed: dict[str, Any], edited: list[str], trained: bool) -> str:
@@ -139,6 +142,12 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in params.items():
         flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
     return flat
+
+
+def short_names(params: Mapping[str, Any]) -> dict[str, str]:
+    """The last part of each flat parameter's name, such as `channels`, where no other one has it; else the whole name."""
+    leaves = Counter(name.rpartition(".")[2] for name in params)
+    return {name: leaf if leaves[leaf := name.rpartition(".")[2]] == 1 else name for name in params}
 
 
 def setting(name: str, value: Any) -> str:

@@ -1,6 +1,7 @@
 """What is looked up in MLflow's store: the experiment, single runs, and the evaluations that `make compare` and reports show."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 MAX_RUNS = 5000  # evaluations, the newest
 
 
-def evaluations(root: Path) -> dict[str, "Run"]:
+def evaluations(root: Path, data_sets: Iterable[str]) -> dict[str, "Run"]:
     """The newest finished evaluation of each file of samples, by the MD5 that `dvc.lock` has for the file.
 
     Empty if there is no store, and, after a warning, if it can't be reached.
@@ -26,9 +27,9 @@ def evaluations(root: Path) -> dict[str, "Run"]:
         return {}
     try:
         client = connect(root)
-        experiment = find_experiment(client)
-        runs = experiment and client.search_runs(
-            [experiment.experiment_id],
+        found = {experiment.experiment_id for name in data_sets if (experiment := find_experiment(client, name))}
+        runs = found and client.search_runs(
+            list(found),
             "tags.stage = 'evaluate' and attributes.status = 'FINISHED'",
             max_results=MAX_RUNS,
             order_by=["attributes.start_time DESC"],
@@ -39,8 +40,8 @@ def evaluations(root: Path) -> dict[str, "Run"]:
     return {run.data.tags["samples_md5"]: run for run in reversed(runs or []) if "samples_md5" in run.data.tags}
 
 
-def experiment_with_views(root: Path) -> "Experiment | None":
-    """The experiment, with our views if the store takes them; None before the first run.
+def experiment_with_views(root: Path, data_set: str) -> "Experiment | None":
+    """The data set's experiment, with our views if the store takes them; None before the first run.
 
     Raises UserError if the store is unreachable or denies access, or if the experiment was deleted.
     """
@@ -49,8 +50,8 @@ def experiment_with_views(root: Path) -> "Experiment | None":
         return None
     try:
         client = connect(root)
-        if experiment := find_experiment(client):
-            furnish(client, experiment)
+        if experiment := find_experiment(client, data_set):
+            furnish(client, experiment, data_set)
             experiment = client.get_experiment(experiment.experiment_id)
     except UserError:
         raise

@@ -1,4 +1,4 @@
-"""Which of two evaluations is better."""
+"""Which of two evaluations is better: the one rule for a training's best evaluation and for the champion in the registry."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,24 +9,19 @@ class Evaluation:
     fid: float
     samples: int
     evaluator: str  # SHA-256 of the classifier whose features the FID compares
+    data: str | None  # SHA-256 of the data set; None if it isn't known
 
     @classmethod
     def from_tags(cls, fid: float, tags: Mapping[str, str]) -> "Evaluation":
         """From the tags of an evaluation's run, or of the version that it made. Raises KeyError if they aren't there."""
-        return cls(fid, int(tags["samples"]), tags["evaluator_sha256"])
+        return cls(fid, int(tags["samples"]), tags["evaluator_sha256"], tags.get("data_sha256"))
 
 
-def is_better(new: Evaluation, old: Evaluation, *, by_evidence: bool) -> bool:
-    """Whether the new evaluation replaces the old one.
+def is_comparable(new: Evaluation, old: Evaluation) -> bool:
+    """Whether the figures say anything about each other: the same evaluator compared samples with the same data set."""
+    return new.evaluator == old.evaluator and (new.data == old.data or None in (new.data, old.data))
 
-    With `by_evidence`, as among the evaluations of one training: more samples win, because they are better evidence, whatever
-    the FID; at an equal number the lower FID wins. Figures of different evaluators can't be compared: the new ones win.
 
-    Otherwise, as among the models in the registry: the new FID must be lower, by the same evaluator and with at least as many
-    samples. FID is higher with fewer samples.
-    """
-    same_evaluator = new.evaluator == old.evaluator
-    if by_evidence:
-        old_stays = same_evaluator and (-old.samples, old.fid) <= (-new.samples, new.fid)
-        return not old_stays
-    return same_evaluator and new.samples >= old.samples and new.fid < old.fid
+def is_better(new: Evaluation, old: Evaluation) -> bool:
+    """Whether the new evaluation has a lower FID, of at least as many samples: with fewer, FID is higher, and says less."""
+    return is_comparable(new, old) and new.samples >= old.samples and new.fid < old.fid

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm.errors import UserError
 from ddpm.files import write_atomic
-from ddpm.params import SampleParams
+from ddpm.params import FASHION_MNIST, SampleParams
 from ddpm.paths import CACHE, LIBRARY, MODEL, TRACKING
 from ddpm.tracking.client import connect
-from ddpm.tracking.connection import root_cause, store_exists, tracking_uri, without_password
+from ddpm.tracking.connection import model_name, root_cause, store_exists, tracking_uri, without_password
 from ddpm.tracking.ranking import Evaluation, is_better
 
 if TYPE_CHECKING:
@@ -19,47 +19,97 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
-MODEL_NAME = "fashion-ddpm"
 CHAMPION = "champion"
+VERSIONS = "mlflow.modelVersions"  # MLflow's tag of a logged model, which its pages show as a link
+DESCRIPTION = """\
+Diffusion models of {data_set}. Each version is a trained model with its best evaluation; `champion` is the one with the lowest
+FID among those of the same data and evaluator. `make serve` serves it.
+"""
+FIGURES = {  # what a version's summary shows: metric, its name there, and the same metric of real images
+    "fid": ("FID, less is better", "fid_floor"),
+    "kid": ("KID, less is better", "kid_floor"),
+    "precision": ("precision", "precision_real"),
+    "recall": ("recall", "recall_real"),
+    "class_accuracy": ("class accuracy", "class_accuracy_real"),
+}
 CHECKPOINT = MODEL.name  # among the artifacts of a version
 SERVING_NEEDS = ("mlflow", "numpy", "pillow", "psutil", "pydantic", "torch")  # packages that a served model imports
 SERVE_A_FILE = f"to serve a file instead: `python src/serve.py {MODEL}`"
 
 
-def register(client: "MlflowClient", owner: str, evaluation: "Run", checkpoint: Path, sampling: dict[str, Any]) -> None:
-    """Make the checkpoint a version of the model, with its best evaluation, and the champion if it beats the current one.
+def register(
+    client: "MlflowClient", data_set: str, owner: "Run", evaluation: "Run", checkpoint: Path, sampling: dict[str, Any]
+) -> None:
+    """Make the checkpoint a version of the data set's model, with its best evaluation; the champion if it beats the current one.
 
-    The version belongs to the run with the id `owner`. A checkpoint that already has a version keeps it, and a call that was
-    interrupted is completed by the next one.
+    The version belongs to the run `owner`. A checkpoint that already has a version keeps it, and a call that was interrupted is
+    completed by the next one.
     """
     from mlflow.exceptions import MlflowException
 
+    model = model_name(data_set)
     try:
-        client.create_registered_model(MODEL_NAME, description="Garments of Fashion-MNIST, drawn by a diffusion model")
+        client.create_registered_model(model, description=DESCRIPTION.format(data_set=data_set))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     tags = _tags(evaluation, sampling)
-    version = _version(client, tags["checkpoint_sha256"])
-    number = version.version if version else _new_version(client, owner, checkpoint, sampling, tags)
+    version = _version(client, model, tags["checkpoint_sha256"])
+    number = version.version if version else _new_version(client, model, owner, checkpoint, sampling, tags)
     if not version or version.tags.get("evaluation") == tags["evaluation"] or _beats(tags, version.tags):
         for name, value in tags.items():
-            client.set_model_version_tag(MODEL_NAME, number, name, value)
-        description = f"FID {float(tags['fid']):.4g} of {tags['samples']} samples; {evaluation.info.run_name}"
-        client.update_model_version(MODEL_NAME, number, description)
-    best = client.get_registered_model(MODEL_NAME).aliases.get(CHAMPION)
-    if best is None or (str(best) != str(number) and _beats(tags, client.get_model_version(MODEL_NAME, best).tags)):
-        client.set_registered_model_alias(MODEL_NAME, CHAMPION, number)
+            client.set_model_version_tag(model, number, name, value)
+        client.update_model_version(model, number, _summary(evaluation, sampling))
+    if model_id := logged_model(owner):
+        client.set_logged_model_tags(model_id, {VERSIONS: json.dumps([{"name": model, "version": number}])})
+    best = client.get_registered_model(model).aliases.get(CHAMPION)
+    if best is None or (str(best) != str(number) and _beats(tags, client.get_model_version(model, best).tags)):
+        client.set_registered_model_alias(model, CHAMPION, number)
+
+
+def logged_model(training: "Run") -> str | None:
+    """The id of the logged model that a run made; None if there is none, for example because the server is too old for them."""
+    models = training.outputs.model_outputs if training.outputs else []
+    return models[0].model_id if models else None
+
+
+def rounded(value: float) -> float:
+    """A metric with the digits that it is worth."""
+    return float(f"{value:.4g}")
+
+
+def _summary(evaluation: "Run", sampling: dict[str, Any]) -> str:
+    """Markdown: the figures of an evaluation beside those of real images, and where they are from."""
+    metrics, tags = evaluation.data.metrics, evaluation.data.tags
+    figures = []
+    for name, (label, floor) in FIGURES.items():
+        if (value := metrics.get(f"eval/{name}")) is not None:
+            real = metrics.get(f"eval/{floor}")
+            figures.append(f"| {label} | {value:.4g} | {'' if real is None else f'{real:.4g}'} |")
+    return "\n".join(
+        (
+            f"FID {rounded(metrics['eval/fid'])} of {tags['samples']} samples "
+            f"({sampling['sampler']}, {sampling['steps']} steps, guidance {sampling['guidance_scale']})",
+            "",
+            "| | samples | real images |",
+            "|---|---|---|",
+            *figures,
+            "",
+            f"Measured by the run `{evaluation.info.run_name}`, {evaluation.info.run_id}; trained by the source run.",
+        )
+    )
 
 
 def _tags(evaluation: "Run", sampling: dict[str, Any]) -> dict[str, str]:
     """The tags of a version with this evaluation. `evaluation` is written first, so that a repeated call
     recognises the version that an interrupted call left incomplete.
     """
+    tags = evaluation.data.tags
+    copied = ("checkpoint_sha256", "evaluator_sha256", "data_sha256", "samples")  # the third isn't in runs of earlier versions
     return {
         "evaluation": evaluation.info.run_id,
-        **{name: evaluation.data.tags[name] for name in ("checkpoint_sha256", "evaluator_sha256", "samples")},
-        "fid": str(evaluation.data.metrics["eval/fid"]),
+        **{name: tags[name] for name in copied if name in tags},
+        "fid": str(rounded(evaluation.data.metrics["eval/fid"])),
         "sampling": json.dumps(sampling),
     }
 
@@ -70,25 +120,27 @@ def _beats(tags: dict[str, str], other: dict[str, str]) -> bool:
         old = Evaluation.from_tags(float(other["fid"]), other)
     except (KeyError, ValueError):
         return False
-    return is_better(Evaluation.from_tags(float(tags["fid"]), tags), old, by_evidence=False)
+    return is_better(Evaluation.from_tags(float(tags["fid"]), tags), old)
 
 
-def _version(client: "MlflowClient", checkpoint_sha256: str) -> "ModelVersion | None":
+def _version(client: "MlflowClient", model: str, checkpoint_sha256: str) -> "ModelVersion | None":
     """The version of a checkpoint. One whose run was deleted, and the model with it, is removed from the registry."""
     from mlflow.exceptions import MlflowException
 
-    for version in client.search_model_versions(f"name = '{MODEL_NAME}' and tags.checkpoint_sha256 = '{checkpoint_sha256}'"):
+    for version in client.search_model_versions(f"name = '{model}' and tags.checkpoint_sha256 = '{checkpoint_sha256}'"):
         try:
             if version.run_id and client.get_run(version.run_id).info.lifecycle_stage == "active":
                 return version
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-        client.delete_model_version(MODEL_NAME, version.version)
+        client.delete_model_version(model, version.version)
     return None
 
 
-def _new_version(client: "MlflowClient", owner: str, checkpoint: Path, sampling: dict[str, Any], tags: dict[str, str]) -> str:
+def _new_version(
+    client: "MlflowClient", model: str, owner: "Run", checkpoint: Path, sampling: dict[str, Any], tags: dict[str, str]
+) -> str:
     """Register a version; its number. What is needed to serve it is stored with the run: this library, weights and sampling."""
     import mlflow
 
@@ -101,21 +153,21 @@ def _new_version(client: "MlflowClient", owner: str, checkpoint: Path, sampling:
             model_config=sampling,
             pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in SERVING_NEEDS],
         )
-        client.log_artifacts(owner, str(Path(folder) / "generator"), "generator")
-    source = f"{client.get_run(owner).info.artifact_uri}/generator"
-    return client.create_model_version(MODEL_NAME, source, owner, tags=tags).version
+        client.log_artifacts(owner.info.run_id, str(Path(folder) / "generator"), "generator")
+    source = f"{owner.info.artifact_uri}/generator"
+    return client.create_model_version(model, source, owner.info.run_id, tags=tags).version
 
 
-def champion(root: Path) -> tuple[str, Path, SampleParams] | None:
-    """The champion's name, a local copy of its checkpoint, and the sampling it was evaluated with; None without a champion.
+def champion(root: Path, data_set: str = FASHION_MNIST) -> tuple[str, Path, SampleParams] | None:
+    """A data set's champion: its name, a local copy of its checkpoint, and the sampling it was evaluated with; None without one.
 
     Raises UserError if MLflow is unreachable or the model can't be downloaded.
     """
-    uri = tracking_uri(root)
+    uri, model = tracking_uri(root), model_name(data_set)
     if not store_exists(uri):
         return None
     try:
-        version = connect(root).get_model_version_by_alias(MODEL_NAME, CHAMPION)
+        version = connect(root).get_model_version_by_alias(model, CHAMPION)
     except UserError:
         raise
     except Exception as error:
@@ -125,7 +177,7 @@ def champion(root: Path) -> tuple[str, Path, SampleParams] | None:
         ):  # none was ever registered
             return None
         raise UserError(f"MLflow at {without_password(uri)}: {root_cause(error)}; {SERVE_A_FILE}") from None
-    name = f"{MODEL_NAME}, version {version.version}"
+    name = f"{model}, version {version.version}"
     try:
         sampling = SampleParams.model_validate_json(version.tags["sampling"])
     except (KeyError, ValueError):

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -119,15 +119,19 @@ class Run:
         """Log a copy of a file, in a folder of the run's artifacts."""
         self._append({"artifact": self.journal.deposit(path.name, path.read_bytes()), "folder": folder})
 
-    def tags(self, values: dict[str, object]) -> None:
+    def tags(self, values: Mapping[str, object]) -> None:
         self._append({"tags": {name: str(value) for name, value in values.items()}})
 
     def dataset(self, name: str, digest: str, source: str, profile: dict[str, Any], context: str) -> None:
         """Log which data set was used: a hash of it, where it is, its sizes as `profile`, and for what as `context`."""
         self._append({"dataset": {"name": name, "digest": digest, "source": source, "profile": profile, "context": context}})
 
+    def model(self, params: dict[str, Any], tags: Mapping[str, object]) -> None:
+        """Give the model that this run trained a page of its own."""
+        self._append({"model": {"params": flatten(params), "tags": dict(tags)}})
+
     def best_evaluation(self, values: dict[str, float]) -> None:
-        """Copy these metrics to the training's run, if they are the best evaluation of its model so far."""
+        """Copy these metrics to the training's run and its model, if they are the best evaluation of that model so far."""
         self._append({"best_evaluation": values, "time": _now()})
 
     def register(self, checkpoint: bytes, sampling: dict[str, Any]) -> None:

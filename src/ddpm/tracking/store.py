@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm.errors import UserError
+from ddpm.params import FASHION_MNIST
 from ddpm.tracking.client import ARTIFACTS, connect, find_experiment
 from ddpm.tracking.connection import Answer, answer, experiment_name, root_cause, tracking_uri, without_password
 from ddpm.tracking.journal import Entry, Journal
@@ -33,6 +34,7 @@ SIDE = {  # the kinds of entries in the side lane, and what messages call them
     "preview": "sample previews",
     "artifact": "files",
     "dataset": "the data set",
+    "model": "the model's page",
     "register": "the model's version in the registry",
     "best_evaluation": "the training's best evaluation",
 }
@@ -54,6 +56,7 @@ class Store:
 
     def __init__(self, root: Path, journal: Journal, start: dict[str, Any]) -> None:
         self.root, self.outbox, self.start = root, journal.outbox, start
+        self.data_set: str = start["params"].get("data.name", FASHION_MNIST)
         self.uri = tracking_uri(root)
         self.address = without_password(self.uri)
         self.run: StoredRun | None = None  # until the store was reached
@@ -131,7 +134,7 @@ class Store:
         """
         client = connect(self.root)
         experiment = self._experiment(client)
-        furnish(client, experiment)
+        furnish(client, experiment, self.data_set)
         self.run = self._find_or_create_run(client, experiment.experiment_id)
         if self.start["system_metrics"]:
             self.run.start_monitor()
@@ -141,16 +144,16 @@ class Store:
         """The experiment, which is created if it doesn't exist."""
         from mlflow.exceptions import MlflowException
 
-        if experiment := find_experiment(client):
+        if experiment := find_experiment(client, self.data_set):
             return experiment
-        name = experiment_name()
+        name = experiment_name(self.data_set)
         has_artifacts = self.uri.startswith(("http:", "https:", "databricks"))  # a server, which chooses where artifacts are
         location = None if has_artifacts else (self.root / ARTIFACTS / name).as_uri()
         try:
             return client.get_experiment(client.create_experiment(name, artifact_location=location))
         except MlflowException as error:
             is_there = error.error_code == "RESOURCE_ALREADY_EXISTS"  # another machine has just created it
-            if not is_there or (experiment := find_experiment(client)) is None:
+            if not is_there or (experiment := find_experiment(client, self.data_set)) is None:
                 raise
             return experiment
 
@@ -171,7 +174,16 @@ class Store:
             if parent_id:
                 tags["mlflow.parentRunId"] = parent_id
             run = client.create_run(experiment, start["time"], tags, start["name"])
-        return StoredRun(client, self.root, self.outbox, experiment, run.info.run_id, run.info.artifact_uri, parent_id)
+        return StoredRun(
+            client=client,
+            root=self.root,
+            outbox=self.outbox,
+            data_set=self.data_set,
+            experiment_id=experiment,
+            run_id=run.info.run_id,
+            artifact_uri=run.info.artifact_uri,
+            parent_id=parent_id,
+        )
 
     def report(self, lane: Lane, error: Exception) -> None:
         """Print a warning when a lane's problem begins, but not again while it lasts."""

@@ -14,11 +14,11 @@ from PIL import Image
 
 from ddpm.paths import CACHE
 from ddpm.tracking.client import ARTIFACTS, local_folder
-from ddpm.tracking.connection import Answer, answer
+from ddpm.tracking.connection import Answer, answer, model_name
 from ddpm.tracking.journal import Entry
 from ddpm.tracking.queries import newest_run
-from ddpm.tracking.ranking import Evaluation, is_better
-from ddpm.tracking.registry import register
+from ddpm.tracking.ranking import Evaluation, is_better, is_comparable
+from ddpm.tracking.registry import logged_model, register, rounded
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,6 +35,7 @@ class StoredRun:
     client: "MlflowClient"
     root: Path  # of the repository, whose `.cache` has the locks
     outbox: Path
+    data_set: str
     experiment_id: str
     run_id: str
     artifact_uri: str
@@ -64,6 +65,8 @@ class StoredRun:
                 self.discard(entry)
         elif "dataset" in entry:
             self._log_dataset(**entry["dataset"])
+        elif "model" in entry:
+            self._log_model(**entry["model"])
         elif "best_evaluation" in entry:
             self._log_best_evaluation(entry["best_evaluation"], entry["time"])
         elif "end" in entry:
@@ -126,7 +129,8 @@ class StoredRun:
         else:
             with FileLock(self.root / CACHE / "registry.lock"):  # else two evaluations of one checkpoint make two versions
                 evaluation = self.client.get_run(self.run_id)
-                register(self.client, self.parent_id or self.run_id, evaluation, path, entry["sampling"])
+                owner = self.client.get_run(self.parent_id) if self.parent_id else evaluation
+                register(self.client, self.data_set, owner, evaluation, path, entry["sampling"])
 
     def _log_image(self, path: Path, step: int, timestamp: int) -> None:
         """MLflow would store an image again under another name, so look first for one with this step and time."""
@@ -144,21 +148,44 @@ class StoredRun:
         dataset = Dataset(name, digest, "local", json.dumps({"uri": source}), profile=json.dumps(profile))
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
+    def _log_model(self, params: dict[str, Any], tags: dict[str, Any]) -> None:
+        """Make the model that this run trained one of MLflow's logged models, which its page of models lists."""
+        from mlflow.entities import LoggedModelOutput
+
+        found = self.client.search_logged_models([self.experiment_id], f"source_run_id = '{self.run_id}'")
+        if found:
+            (model,) = found
+        else:
+            as_text = [{name: str(value) for name, value in values.items()} for values in (tags, params)]
+            name = model_name(self.data_set)
+            model = self.client.create_logged_model(self.experiment_id, name, self.run_id, as_text[0], as_text[1], "diffusion")
+        self.client.finalize_logged_model(model.model_id, "READY")
+        if logged_model(self.client.get_run(self.run_id)) is None:
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, 0)])
+
     def _log_best_evaluation(self, values: dict[str, float], timestamp: int) -> None:
-        """Copy the metrics of this evaluation to the training's run, unless that already has better ones."""
+        """Copy the metrics of this evaluation to the training's run and its model, unless these already have better ones.
+
+        The copies are rounded to what they are worth.
+        """
         if self.parent_id is None:
             return
-        best_id = self.client.get_run(self.parent_id).data.tags.get("best_evaluation")
+        training, evaluation = self.client.get_run(self.parent_id), self.client.get_run(self.run_id)
+        best_id = training.data.tags.get("best_evaluation")
         if best_id == self.run_id:  # an earlier process with this journal copied them
             return
         if best := newest_run(self.client, self.experiment_id, f"attributes.run_id = '{best_id}'"):  # None if it was deleted
             old = Evaluation.from_tags(best.data.metrics["eval/fid"], best.data.tags)
-            new = Evaluation.from_tags(values["eval/fid"], self.client.get_run(self.run_id).data.tags)
-            if not is_better(new, old, by_evidence=True):
+            new = Evaluation.from_tags(values["eval/fid"], evaluation.data.tags)
+            if is_comparable(new, old) and not is_better(new, old):
                 return
         from mlflow.entities import Metric
 
-        self.client.log_batch(self.parent_id, metrics=[Metric(name, value, timestamp, 0) for name, value in values.items()])
+        inputs = evaluation.inputs.dataset_inputs if evaluation.inputs else []
+        data = (inputs[0].dataset.name, inputs[0].dataset.digest) if inputs else ()
+        model_id = logged_model(training)
+        metrics = [Metric(name, rounded(value), timestamp, 0, model_id, *data) for name, value in values.items()]
+        self.client.log_batch(self.parent_id, metrics=metrics)
         self.client.set_tag(self.parent_id, "best_evaluation", self.run_id)
 
     def _finish_monitor(self) -> None:

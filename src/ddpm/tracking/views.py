@@ -6,6 +6,7 @@ and views that users write stay as they are.
 """
 
 import json
+import os
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment
 
-VERSION = 1  # raise it when a view changes, so that experiments get the new one
+VERSION = 2  # raise it when a view changes, so that experiments get the new one
 SINCE = (3, 15)  # MLflow's version
 VIEW, NOTE = "mlflow.sharedViewState.", "mlflow.note.content"  # MLflow's tags of an experiment
 FIRST_VIEW = "Leaderboard"
@@ -56,32 +57,34 @@ the same number of samples, `sample.count`, because fewer samples score higher. 
 """
 
 
-def view_key(name: str) -> str:
+def view_key(name: str, data_set: str) -> str:
     """What the address of a view has as `viewStateShareKey`."""
-    return f"ddpm-{name.lower()}-{VERSION}"
+    return f"ddpm-{name.lower()}-{data_set}-{VERSION}"
 
 
-def furnish(client: "MlflowClient", experiment: "Experiment") -> None:
-    """Write the description and the views that the experiment doesn't have yet. If that fails, runs work without them."""
+def furnish(client: "MlflowClient", experiment: "Experiment", data_set: str) -> None:
+    """Write the description and the data set's views that the experiment doesn't have yet. If that fails, runs work without."""
     from mlflow.exceptions import MlflowException
 
+    is_own = "MLFLOW_EXPERIMENT_NAME" not in os.environ and "MLFLOW_EXPERIMENT_ID" not in os.environ
     tags = {} if NOTE in experiment.tags else {NOTE: DESCRIPTION}
     for name, view in VIEWS.items():
-        if (tag := VIEW + view_key(name)) not in experiment.tags:
-            state = json.dumps({**COMMON, **view})
-            tags[tag] = json.dumps({"name": name, "createdAt": time.time_ns() // 1_000_000, "state": state})
+        if (tag := VIEW + view_key(name, data_set)) not in experiment.tags:
+            state = {**COMMON, **view, "searchFilter": f"{view['searchFilter']} and params.`data.name` = '{data_set}'"}
+            title = name if is_own else f"{name} ({data_set})"  # the experiment may have other data sets, too
+            tags[tag] = json.dumps({"name": title, "createdAt": time.time_ns() // 1_000_000, "state": json.dumps(state)})
     with suppress(MlflowException):  # the user lacks the permission, or the server is unreachable
         for tag, content in tags.items():
             client.set_experiment_tag(experiment.experiment_id, tag, content)
 
 
-def runs_page(server: str, experiment: "Experiment | None") -> str:
+def runs_page(server: str, experiment: "Experiment | None", data_set: str) -> str:
     """The address of the experiment's runs on a server, as the view that we show first; None before the first run."""
     if experiment is None:
         return f"{server} (no runs yet; `dvc repro` makes the first)"
     page = f"{server}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
-    has_view = VIEW + view_key(FIRST_VIEW) in experiment.tags and shows_views(server)
-    return f"{page}&viewStateShareKey={view_key(FIRST_VIEW)}" if has_view else page
+    key = view_key(FIRST_VIEW, data_set)
+    return f"{page}&viewStateShareKey={key}" if VIEW + key in experiment.tags and shows_views(server) else page
 
 
 def shows_views(server: str) -> bool:
