@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 
 import crash  # which puts src/ and bench/ on the path
@@ -23,7 +24,7 @@ from ddpm.data.dataset import Dataset
 from ddpm.diffusion.process import Diffusion
 from ddpm.params import TrainParams
 from ddpm.tracking.client import relocate
-from ddpm.tracking.connection import EXPERIMENT
+from ddpm.tracking.connection import EXPERIMENT, experiment_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,11 +62,12 @@ def stages_run(output: str) -> list[str]:
 
 
 def mlflow_runs(clone: Path, stage: str) -> list:
-    """Runs of a stage, oldest first."""
+    """Runs of a stage on the clone's data set, oldest first."""
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{clone / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("fashion-mnist-ddpm")
+    data_set = yaml.safe_load((clone / "params.yaml").read_text())["data"]["name"]
+    experiment = client.get_experiment_by_name(experiment_name(data_set))
     return client.search_runs([experiment.experiment_id], f"tags.stage = '{stage}'", order_by=["attributes.start_time ASC"])
 
 

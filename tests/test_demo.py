@@ -155,5 +155,5 @@ def test_its_runs_go_into_a_store_once(tmp_path):
         losses = client.get_metric_history(train.info.run_id, "train/loss")
         assert len(losses) == len({m.step for m in losses})
         assert max(m.step for m in losses) == CARD["params"]["train"]["steps"]
-        assert train.data.metrics["eval/fid"] == pytest.approx(CARD["metrics_as_trained"]["fid"])
+        assert train.data.metrics["eval/fid"] == pytest.approx(CARD["metrics_as_trained"]["fid"], rel=1e-3)
     assert (FOLDER / "runs.zip").exists()
