@@ -37,7 +37,9 @@ def main() -> None:
     path = Path(params.evaluate.classifier)
     classifier = load_classifier(path, params.data.name)
     samples = read_samples(SAMPLES)
-    data, data_sha256 = load_dataset(params.data.name).subsample(REFERENCES), dataset_sha256(params.data.name)
+    whole, data_sha256 = load_dataset(params.data.name), dataset_sha256(params.data.name)
+    profile = {"train_images": len(whole.images), "test_images": len(whole.test_images)}
+    data = whole.subsample(REFERENCES)
     check(samples, data, classifier, params.data.name, path)
     model = MODEL.read_bytes() if MODEL.exists() else None  # read once: another run may replace it meanwhile
     trained_here = model is not None and sha256(model) == samples.checkpoint_sha256
@@ -47,7 +49,7 @@ def main() -> None:
         if run:
             hashes = {"samples_md5": file_md5(SAMPLES), "evaluator_sha256": file_sha256(path), "data_sha256": data_sha256}
             run.tags({"samples": len(samples.images), **hashes})
-            run.dataset(params.data.name, data_sha256[:32], str(raw_folder(params.data.name)), {}, "evaluation")
+            run.dataset(params.data.name, data_sha256[:32], str(raw_folder(params.data.name)), profile, "evaluation")
         features = extract_all(classifier, samples.images, data, device, project_root() / CACHE, group)
         if run is None:
             return ""

@@ -18,11 +18,12 @@ import requests
 
 from ddpm.errors import Stopped, UserError
 from ddpm.files import write_atomic
+from ddpm.params import FASHION_MNIST
 from ddpm.params_file import load_params
 from ddpm.paths import project_root
 from ddpm.runtime.cli import between, clean_errors
 from ddpm.tracking.client import ARTIFACTS
-from ddpm.tracking.connection import UI_HOST, UI_PORT, UI_PORT_FILE, tracking_uri, without_password
+from ddpm.tracking.connection import UI_HOST, UI_PORT, UI_PORT_FILE, tracking_uri, ui_port, without_password
 from ddpm.tracking.queries import experiment_with_views
 from ddpm.tracking.views import runs_page
 
@@ -34,7 +35,11 @@ def main() -> None:
     parser.add_argument("--port", type=between(1, 65535), default=UI_PORT)
     port = parser.parse_args().port
     root = project_root()
-    uri, data_set = tracking_uri(root), load_params().data.name
+    uri, data_set = tracking_uri(root), FASHION_MNIST
+    try:
+        data_set = load_params().data.name
+    except UserError as error:  # old runs can be looked at all the same
+        print(f"note: {error}; showing the runs of {data_set}", file=sys.stderr)
     if uri.startswith("http"):
         print(runs_page(without_password(uri.rstrip("/")), experiment_with_views(root, data_set), data_set))
         return
@@ -60,7 +65,8 @@ def main() -> None:
         with suppress(Stopped):
             server.wait()
     finally:
-        (root / UI_PORT_FILE).unlink(missing_ok=True)
+        if ui_port(root) == port:
+            (root / UI_PORT_FILE).unlink(missing_ok=True)
         with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
         server.wait()

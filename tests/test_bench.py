@@ -83,7 +83,7 @@ def test_time_to_quality_goes_on_at_the_turn_it_was_in(fashion_mnist, monkeypatc
     assert not list(tmp_path.glob(".cache/quality-*"))
 
 
-def test_a_change_of_any_file_of_the_library_starts_the_time_to_quality_over():
+def test_changed_code_starts_the_time_to_quality_anew():
     assert {*(ROOT / "src/ddpm").rglob("*.py")} <= {*quality.code_files()}
 
 
@@ -164,7 +164,7 @@ def test_the_pages_hold_the_figures_that_were_measured(part, page):
     assert result is None or part in ("models", "gpu") or result["full"]
 
 
-def test_a_page_has_places_for_parts_alone_and_shows_the_pictures_that_are_there():
+def test_pages_have_a_place_for_each_part_and_no_missing_picture():
     assert MEASURED and set(MEASURED) <= set(TOLD)
     results, readme = sorted({*TOLD} - {"scale", "samplers"}), ["quality", "samplers", "throughput"]
     for page, places in zip(PAGES, (results, ["scale"], readme), strict=True):

@@ -51,7 +51,7 @@ def test_another_data_set_s_shape_and_classes(tmp_path):
     assert (loaded.image_shape, loaded.null_class, classes) == ((3, 32, 32), 2, ["cat", "dog"])
 
 
-def test_a_model_of_before_there_were_other_data_is_fashion_mnist_s(tmp_path):
+def test_an_old_checkpoint_without_a_data_name_is_of_fashion_mnist(tmp_path):
     old = {"weights": random_unet().state_dict(), "unet": SMALL, "diffusion": DIFFUSION, "label_dropout": 0.1}
     (tmp_path / "m.pth").write_bytes(serialise(old))
     assert load_checkpoint(tmp_path / "m.pth", CPU).classes == list(CLASSES)

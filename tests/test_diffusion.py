@@ -137,6 +137,6 @@ def test_generator_repeats_itself_and_nothing_else(seed, stream, index):
     assert all(draw(*other) != draw(seed, stream, index) for other in others)
 
 
-def test_a_quantile_on_the_border_of_two_timesteps_belongs_to_the_later_one():
+def test_a_quantile_on_a_border_belongs_to_the_later_timestep():
     quantiles = torch.tensor([0.0, 0.25, 0.5, 0.75])
     assert Diffusion(4, "linear", "eps").timesteps_at(quantiles).tolist() == [0, 1, 2, 3]

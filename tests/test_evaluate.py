@@ -199,7 +199,7 @@ def test_augmentation_shifts_mirrors_and_erases_a_square():
 
 
 @pytest.mark.slow
-def test_turns_are_learned_of_images_that_are_their_own_mirror_images(monkeypatch):
+def test_turns_of_symmetric_images_are_learned(monkeypatch):
     """Wedges that widen downwards: mirroring after a quarter turn would make it the other quarter turn."""
     monkeypatch.setattr(classifier_training, "RECIPE", classifier_training.RECIPE | {"epochs": 6, "batch_size": 50})
     rows, columns = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
@@ -226,7 +226,7 @@ def test_augmentation_is_a_view_of_the_image_but_for_the_erased_square(fashion_m
     assert len(augmented) == 30 and not torch.equal(augmented, images)
 
 
-def test_only_what_dvc_has_as_drawn_from_the_model_is_vouched_for(tmp_path, monkeypatch):
+def test_only_samples_that_dvc_knows_are_of_the_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sampling = load_params(Path(__file__).parents[1] / "params.yaml").sample
     model, samples = b"weights", b"images"

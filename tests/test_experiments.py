@@ -36,7 +36,7 @@ def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_each_experiment_gives_its_metrics_and_a_name_may_come_again(pipeline):
+def test_experiments_give_their_metrics_and_names_may_be_reused(pipeline):
     run = experiments.run_experiments
     assert run({"x": ["a=10"], "y": ["a=20", "b=5"]}, jobs=2) == {"x": {"sum": 12}, "y": {"sum": 25}}
     with pytest.raises(SystemExit, match=r"^failed: z;"):

@@ -84,7 +84,7 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
     assert names(tmp_path) == ["file.bin"]
 
 
-def test_what_a_killed_process_left_goes_and_what_a_live_one_writes_stays(tmp_path):
+def test_remains_of_killed_processes_go_and_of_live_ones_stay(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     left = tmp_path / f".file.bin.{platform.node()}.{dead.pid}.tmp"

@@ -74,7 +74,7 @@ def test_images_without_classes_in_train_and_test(workspace):
     assert (content(data.images), content(data.test_images)) == (set(train.values()), set(test.values()))
 
 
-def test_a_folder_that_is_taken_again_leaves_nothing_of_before(workspace):
+def test_taking_a_folder_again_leaves_nothing_old(workspace):
     pictures(workspace / "grey", 70)
     taken(workspace / "grey")
     pictures(workspace / "colours", 70, mode="RGB")

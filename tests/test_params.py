@@ -370,7 +370,7 @@ def test_a_signal_in_an_import_or_in_the_collection_of_garbage(tmp_path, code, s
     assert (ended.returncode, ended.stdout, ended.stderr) == (143, said, "Stopped. Run the same command again to resume.\n")
 
 
-def test_a_program_ends_after_its_threads_and_exit_handlers_with_all_that_it_printed():
+def test_a_program_ends_after_its_threads_and_exit_handlers():
     """As an interpreter does that takes its modules down."""
     program = """
 import atexit, threading, time
@@ -391,7 +391,7 @@ with clean_errors():
         assert subprocess.run(command, env=environment, stdout=full.open("w"), check=False).returncode == 1
 
 
-def test_a_second_ctrl_c_ends_the_program_at_once_but_lets_an_import_complete(tmp_path):
+def test_a_second_ctrl_c_ends_at_once_but_completes_an_import(tmp_path):
     (tmp_path / "library.py").write_text(
         "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(0.2)\nprint('the whole library', flush=True)\n"
     )

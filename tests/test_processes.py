@@ -67,7 +67,7 @@ RESUME = "Run the same command again to resume from the last saved state."
 LOST = f"error: process {{}} of 2 was killed by SIGKILL, and the others were stopped. {RESUME}"
 
 
-def test_whatever_ends_one_process_ends_all_and_the_same_command_goes_on(clone: Path) -> None:
+def test_a_lost_process_ends_all_and_training_resumes(clone: Path) -> None:
     edit_params(clone, {"train": {"seed": 1}, "runtime": {"processes": 2}})
     reached, run_id = 0, None
     for victim, number, status, told in (

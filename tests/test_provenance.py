@@ -107,7 +107,7 @@ with clean_errors():
     assert shown == "? garments"
 
 
-def test_a_run_is_named_by_what_was_changed_of_what_it_hangs_on(repository):
+def test_a_run_is_named_by_the_changed_parameters_of_its_stages(repository):
     params = changed({"sample": {"steps": 3}, "train": {"model": {"channels": [24, 48]}}, "runtime": {"device": "cpu"}})
     assert describe("train", params)[0] == "train channels=[24,48]"
     name, tags = describe("evaluate", params)
@@ -161,7 +161,7 @@ def test_outside_a_repository_it_says_so(tmp_path, monkeypatch):
     assert "git checkout" not in tags.get("mlflow.note.content", "")
 
 
-def test_what_another_model_drew_has_no_command_that_makes_it_again(repository):
+def test_samples_of_another_model_have_no_reproducing_command(repository):
     params = {name: section for name, section in PARAMS.items() if name != "train"}
     for stage in ("sample", "evaluate"):
         name, tags = describe(stage, params)

@@ -9,7 +9,7 @@ import pytest
 from ddpm.errors import UserError
 from ddpm.params import SampleParams
 from ddpm.tracking import run as runs
-from ddpm.tracking.connection import MODEL_NAME, tracking_uri
+from ddpm.tracking.connection import EXPERIMENT, MODEL_NAME, experiment_name, model_name, tracking_uri
 from ddpm.tracking.registry import CHAMPION, champion
 from ddpm.tracking.run import start_run
 
@@ -74,7 +74,7 @@ def best(client, model: str = MODEL_NAME) -> str:
     return client.get_model_version_by_alias(model, CHAMPION).tags["checkpoint_sha256"]
 
 
-def test_without_a_store_or_a_champion_there_is_none_and_none_is_made(tmp_path, root, client):
+def test_looking_for_a_champion_creates_no_store(tmp_path, root, client):
     assert champion(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
     with start_run("train", {}, root, root / ".resume" / "train"):
@@ -140,16 +140,26 @@ def test_models_of_other_images_have_a_champion_and_an_experiment_of_their_own(r
     assert champion(root)[1].read_text() == "garments"
     assert champion(root, "sprites")[1].read_text() == "sprites"
     assert champion(root, "photos") is None
+    evaluate(root, "other sprites", 0.3, data="sprites.v2")  # MLflow's logged models have no dots in their names
+    assert best(client, "sprites.v2-ddpm") == "other sprites"
     of_sprites = client.get_experiment_by_name("sprites-ddpm").experiment_id
     assert {run.data.params["data.name"] for run in client.search_runs([of_sprites])} == {"sprites"}
 
 
-@pytest.mark.parametrize("fails", [None, "create_logged_model", "finalize_logged_model", "log_outputs"])
-def test_a_trained_model_is_on_the_page_of_models(root, client, monkeypatch, fails):
-    """With what it was trained with, its best evaluation and its version, also where the connection fails in between."""
+@pytest.mark.parametrize("data_set", ["fashion", "fashion-mnist"])
+def test_no_other_images_take_the_names_of_fashion_mnist(data_set):
+    assert not {experiment_name(data_set), model_name(data_set)} & {EXPERIMENT, MODEL_NAME}
+
+
+@pytest.mark.parametrize(
+    "fails", [None, "create_logged_model", "finalize_logged_model", "log_outputs", "log_batch", "delete_logged_model"]
+)
+@pytest.mark.parametrize("data", ["FashionMNIST", "sprites.v2"])
+def test_a_trained_model_is_in_the_tab_models(root, client, monkeypatch, data, fails):
+    """With what it was trained with, its best evaluation alone, and its version, also where the connection fails in between."""
     import mlflow
 
-    name, remaining = f"model {fails}", [fails]
+    name, remaining = f"model {fails} {data}", [fails]
     if fails:
         real = getattr(mlflow.MlflowClient, fails)
 
@@ -160,26 +170,25 @@ def test_a_trained_model_is_on_the_page_of_models(root, client, monkeypatch, fai
             return done
 
         monkeypatch.setattr(mlflow.MlflowClient, fails, lambda *a, **o: (fails_once if remaining else real)(*a, **o))
-    with start_run("train", {"train": {"seed": 3}}, root, root / ".resume" / name) as run:
+    monkeypatch.setattr(runs, "RETRY_SECONDS", 0.05)
+    with start_run("train", {"train": {"seed": 3}, "data": {"name": data}}, root, root / ".resume" / name) as run:
         run.tags({"checkpoint_sha256": name})
         run.model({"train": {"seed": 3}}, {"checkpoint_sha256": name, "parameters": 7})
+    for fid in (0.5, 0.123456, 0.2):
+        evaluate(root, name, fid, data=data)
     assert bool(remaining) == (fails is None)
-    evaluate(root, name, 0.123456)
-    evaluate(root, name, 0.2)
     (training,) = client.search_runs([run.store.run.experiment_id], f"tags.checkpoint_sha256 = '{name}' and tags.stage = 'train'")
-    (model,) = client.search_logged_models(
-        [training.info.experiment_id], f"source_run_id = '{training.info.run_id}'", order_by=[{"field_name": "creation_time"}]
-    )
-    assert [output.model_id for output in training.outputs.model_outputs] == [model.model_id]
-    assert (model.name, str(model.status)) == (MODEL_NAME, "READY")
+    (model,) = client.search_logged_models([training.info.experiment_id], f"source_run_id = '{training.info.run_id}'")
+    assert model.model_id in [output.model_id for output in training.outputs.model_outputs]
+    assert (model.name, str(model.status)) == (model_name(data).replace(".", "-"), "READY")
     assert model.params == {"train.seed": "3"} and model.tags["checkpoint_sha256"] == name and model.tags["parameters"] == "7"
     assert {(m.key, m.value, m.dataset_name, m.dataset_digest) for m in model.metrics} == {
-        ("eval/fid", 0.1235, "FashionMNIST", "0123"),
-        ("eval/fid_floor", 0.01235, "FashionMNIST", "0123"),
+        ("eval/fid", 0.1235, data, "0123"),
+        ("eval/fid_floor", 0.01235, data, "0123"),
     }
-    (version,) = client.search_model_versions(f"name = '{MODEL_NAME}'")
+    (version,) = client.search_model_versions(f"name = '{model_name(data)}'")
     assert version.run_id == training.info.run_id
-    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": MODEL_NAME, "version": version.version}]
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": model_name(data), "version": version.version}]
     assert client.get_run(version.tags["evaluation"]).data.metrics["eval/fid"] == 0.123456  # exact where it was measured
 
 

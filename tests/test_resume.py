@@ -40,7 +40,7 @@ def test_the_fingerprint_changes_with_any_file_and_nothing_else(tmp_path):
     assert len({base, *(fingerprint({}, paths) for paths in other)}) == len(other) + 1
 
 
-def test_the_code_is_the_projects_that_is_imported_and_changes_results():
+def test_the_fingerprint_covers_the_imported_code_that_decides_results():
     own = [path.relative_to(SRC).as_posix() for path in imported_source()]
     assert {"ddpm/__init__.py", "ddpm/files.py", "ddpm/paths.py", "ddpm/runtime/run_folder.py", "ddpm/training/state.py"} <= set(
         own
@@ -118,7 +118,7 @@ def aged(folder: Path, days: float) -> Path:
     return state
 
 
-def test_states_that_nobody_went_on_from_are_removed_in_the_end(tmp_path, capsys):
+def test_unused_states_are_removed_at_the_end(tmp_path, capsys):
     held = tmp_path / "held"
     command = [sys.executable, "-c", HOLDER, str(SRC), str(held)]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -164,7 +164,7 @@ with start_run("sample", {}, root, root / ".resume" / "run") as run:
 
 
 @needs_postgres
-def test_strangers_are_refused_and_told_and_what_they_did_ships_later(server: Server, client, tmp_path: Path, monkeypatch):
+def test_a_refused_user_is_told_and_the_run_ships_later(server: Server, client, tmp_path: Path, monkeypatch):
     for path in ("/", "/api/2.0/mlflow/experiments/get?experiment_id=0", "/api/2.0/mlflow-artifacts/artifacts"):
         for credentials in (None, ("ada", "wrong"), ("nobody", "password of ada")):
             assert requests.get(server.address + path, auth=credentials, timeout=10).status_code == 401
@@ -255,7 +255,7 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]
 
 
 @needs_sshd
-def test_another_machine_pulls_what_was_pushed_and_has_nothing_to_do(smoke_run: Path, sshd: tuple[int, Path], tmp_path: Path):
+def test_a_second_machine_pulls_the_outputs_and_reruns_nothing(smoke_run: Path, sshd: tuple[int, Path], tmp_path: Path):
     smoke_run, (port, key) = copied(smoke_run, tmp_path), sshd
     remote, other, model = tmp_path / "remote", tmp_path / "other", "models/diffusion_model.pth"
 

@@ -299,7 +299,7 @@ def test_what_is_synced_is_on_the_disk(tmp_path, monkeypatch):
     assert {journal.path, journal.outbox, journal.folder, tmp_path} <= synced
 
 
-def test_nothing_is_shipped_that_a_power_cut_could_undo(root, client, monkeypatch):
+def test_only_synced_entries_are_shipped(root, client, monkeypatch):
     """What the store has, the journal must have: else a resumed run would log it again, at another time."""
     synced, shipped = [], []
     sync, send_main = Journal.sync, store.Store.send_main
@@ -322,6 +322,25 @@ def test_nothing_is_shipped_that_a_power_cut_could_undo(root, client, monkeypatc
             run.metrics(step, {"a": float(step)})
             time.sleep(0.01)
     assert len(shipped) == 102
+
+
+def test_a_problem_of_files_does_not_end_the_wait_for_metrics(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "EXIT_SECONDS", 0.2)
+    start = {"params": {}, "journal": "", "stage": "evaluate"}
+    held_up, done = store.Store(root, Journal(tmp_path / "run"), start), threading.Event()
+    held_up.side.problem = "denied"
+    queue = deque([{"metric": "a"}])
+    sender = threading.Thread(target=done.wait)
+    sender.start()
+    waiting = threading.Thread(target=held_up.wait_for, args=(sender, queue))
+    waiting.start()
+    time.sleep(1)
+    assert waiting.is_alive() and not held_up.given_up
+    queue.clear()
+    waiting.join(10)
+    assert held_up.given_up and sender.is_alive()
+    done.set()
+    sender.join()
 
 
 class FullDisk:
@@ -369,7 +388,7 @@ def test_how_a_run_ends(root, client, error, status):
     assert (folder / "journal.jsonl").exists()  # the same command goes on with it
 
 
-def test_a_stopped_run_is_killed_and_its_resumption_finishes_the_same_run(root, client):
+def test_a_resumed_run_is_the_same_mlflow_run(root, client):
     folder = root / ".resume" / "stopped"
     with pytest.raises(Stopped), start_run("train", {}, root, folder) as run:
         run.metrics(1, {"train/loss": 1.0})
@@ -411,7 +430,7 @@ def test_a_signal_while_the_thread_that_ships_is_started(root, client, monkeypat
     assert client.get_run(stopped.info.run_id).info.status == "FINISHED"
 
 
-def test_a_run_killed_between_its_end_and_its_cleanup_stays_one_run(root, client, monkeypatch):
+def test_a_run_killed_during_its_cleanup_stays_one_run(root, client, monkeypatch):
     def killed(_folder: Path) -> None:
         raise Stopped(signal.SIGTERM)
 
@@ -458,7 +477,7 @@ def test_shipping_a_journal_again_makes_no_doubles(root, client, monkeypatch):
     assert len(shipped.inputs.dataset_inputs) == 1
 
 
-def test_shipping_an_interrupted_runs_journal_keeps_what_resuming_needs(root, client):
+def test_shipping_an_interrupted_run_keeps_its_states(root, client):
     folder = root / ".resume" / "interrupted"
     with pytest.raises(KeyboardInterrupt), start_run("train", {}, root, folder) as run:
         (folder / "state-00000010.pt").write_bytes(b"state")
@@ -535,7 +554,7 @@ def finished_training(root: Path, checkpoint: str, marker: str) -> None:
         run.tags({"checkpoint_sha256": checkpoint, "marker": marker})
 
 
-def test_samples_and_evaluations_are_children_of_the_training_that_made_the_checkpoint(root, client):
+def test_samples_and_evaluations_are_children_of_their_training(root, client):
     finished_training(root, "c1", "older")
     finished_training(root, "c1", "newer")
     finished_training(root, "c2", "another")
@@ -593,7 +612,7 @@ def test_an_evaluation_without_a_training_has_none_to_tell(root, client):
     assert one(client, "tags.marker = 'alone'").info.status == "FINISHED"
 
 
-def test_an_unreachable_server_delays_nothing_and_gets_everything_later(root, offline, tmp_path, monkeypatch):
+def test_an_unreachable_server_delays_nothing_and_gets_all_later(root, offline, tmp_path, monkeypatch):
     """The block goes on, the end waits a little, and the command that the warning names ships all once a server is up."""
     address, _, process = offline
     output, errors = process.communicate(timeout=120)
@@ -636,7 +655,7 @@ def copied(database: Path, folder: Path) -> str:
     return f"sqlite:///{shutil.copy(database, folder / 'server.db')}"
 
 
-def test_a_server_that_hangs_dies_and_comes_back_gets_everything_and_holds_nobody_up(root, tmp_path, monkeypatch, capsys):
+def test_a_server_with_outages_gets_everything_and_delays_nothing(root, tmp_path, monkeypatch, capsys):
     import mlflow
 
     address, slowest = f"http://127.0.0.1:{free_port()}", 0.0
@@ -705,7 +724,7 @@ def silent():
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def test_a_server_that_never_answers_is_told_once_and_does_not_hold_up_the_end(silent, tmp_path, monkeypatch, capsys):
+def test_a_silent_server_is_told_once_and_delays_no_end(silent, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", silent)
     began, said = time.monotonic(), ""
     with start_run("sample", {}, tmp_path) as run:

@@ -72,7 +72,7 @@ def whole(tmp_path_factory):
 
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), step=st.integers(0, 10**6), batch=st.integers(1, 300), timesteps=st.integers(4, 3000))
-def test_a_step_draws_from_seed_and_step_alone_one_timestep_a_stratum(seed, step, batch, timesteps):
+def test_a_steps_draws_depend_on_seed_and_step_and_are_stratified(seed, step, batch, timesteps):
     p = params(seed=seed, batch_size=batch, diffusion__timesteps=timesteps)
     torch.manual_seed(1)
     diffusion = Diffusion(**p.diffusion.model_dump())
@@ -223,7 +223,7 @@ def test_a_last_window_that_is_not_whole(tmp_path):
     assert [row["step"] for row in trained.validation_curve] == [0, WINDOW + 3]
 
 
-def test_no_state_is_ahead_of_what_a_power_cut_leaves_of_the_log(tmp_path, monkeypatch):
+def test_states_are_never_ahead_of_the_synced_journal(tmp_path, monkeypatch):
     log, saved = Recorder(), []
 
     def save(_folder: Path, step: int, _state: dict) -> None:
@@ -309,7 +309,7 @@ def poisoned_state(folder: Path, p: TrainParams, stop_at: int, label: int) -> No
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_loss_that_is_not_finite_reaches_neither_a_state_nor_the_log(tmp_path, optimizer):
+def test_an_infinite_loss_is_neither_saved_nor_logged(tmp_path, optimizer):
     p, label, start = params(steps=200, label_dropout=0.5, report_every=1000, optimizer=optimizer), 7, 20
     poisoned_state(tmp_path, p, start, label)
 
@@ -343,7 +343,7 @@ def test_labels_never_seen_are_never_learned(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_previews_and_validation_of_a_model_without_classes_use_the_null_class(tmp_path, share):
+def test_a_model_without_classes_is_validated_with_the_null_class(tmp_path, share):
     p = params(label_dropout=share, steps=WINDOW, model__dropout=0.0)
     diffusion, model = Diffusion(**p.diffusion.model_dump()), UNet(**p.model.model_dump()).eval()
     model.load_state_dict(run(p, tmp_path).weights)

@@ -125,7 +125,7 @@ def test_a_run_says_what_it_is_and_how_to_make_it_again(clone: Path) -> None:
     assert named(clone, "train", "sigmoid").data.tags["changed"] == "train.steps=90, train.diffusion.schedule=sigmoid"
 
 
-def test_the_registry_has_a_version_a_checkpoint_and_the_best_is_champion(clone: Path, shown: dict) -> None:
+def test_each_checkpoint_is_a_version_and_the_best_is_champion(clone: Path, shown: dict) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{clone / 'mlflow.db'}")
@@ -246,11 +246,7 @@ def test_links_name_the_port_that_the_ui_uses(clone: Path, ui: str) -> None:
 
 @needs_chromium
 def test_the_page_of_models_leads_from_each_to_its_run_and_version(clone: Path, ui: str) -> None:
-    from mlflow import MlflowClient
-
     trainings = mlflow_runs(clone, "train")
-    models = MlflowClient(f"sqlite:///{clone / 'mlflow.db'}").search_logged_models([trainings[0].info.experiment_id])
-    figures = [m.value for model in models for m in model.metrics if m.key == "eval/fid"]
     with browser.chromium() as chromium:
         page = browser.ui(chromium)
         page.set_viewport_size({"width": 2400, "height": 1000})
@@ -258,8 +254,7 @@ def test_the_page_of_models_leads_from_each_to_its_run_and_version(clone: Path, 
         page.get_by_text(re.compile(r"FashionMNIST \(#")).first.wait_for()
         for training in trainings:
             browser.run_link(page, training.info.run_name).wait_for()
-            assert training.data.metrics["eval/fid"] in figures
-        page.get_by_text(str(figures[0]), exact=True).first.wait_for()
+            page.get_by_text(str(training.data.metrics["eval/fid"]), exact=True).first.wait_for()
         page.locator("a[href*='/models/fashion-ddpm/versions/']").first.click()
         page.get_by_text(re.compile(r"^FID [\d.]+ of 200 samples")).wait_for()
 
@@ -301,7 +296,7 @@ def report(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copy(clone / "output/report.html", tmp_path_factory.mktemp("report")))
 
 
-def test_the_report_has_their_figures_and_takes_nothing_from_elsewhere(report: Path, shown: dict) -> None:
+def test_the_report_has_all_figures_and_no_outside_sources(report: Path, shown: dict) -> None:
     text = report.read_text()
     for name, data in shown.items():
         assert f"<th>{name}</th>" in text

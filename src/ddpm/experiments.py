@@ -11,11 +11,12 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ddpm.errors import UserError
 from ddpm.params import FASHION_MNIST
-from ddpm.paths import PARAMS, SAMPLES, project_root
+from ddpm.paths import CLASSIFIER, PARAMS, SAMPLES, project_root, raw_folder
 from ddpm.tracking.client import connect
 from ddpm.tracking.connection import store_exists, tracking_uri
 from ddpm.tracking.provenance import flatten, git
@@ -33,7 +34,10 @@ class Experiment:
     params: dict[str, Any] = field(default_factory=dict)  # by dotted name
     metrics: dict[str, float] = field(default_factory=dict)  # empty unless it is done
     samples_md5: str | None = None  # of output/samples.npz; None unless it is done
-    judged_by: tuple[str, str] = ("", "")  # MD5 of the data set and of the evaluator, which decide what the figures mean
+    judged_by: tuple[str, str] = (
+        "unknown",
+        "unknown",
+    )  # MD5 of the data set and of the evaluator, which decide what the figures mean
     state: str = ""  # queued, running, failed or unreadable; empty if it is done
     base: dict[str, Any] = field(default_factory=dict)  # the parameters of the commit that it started from; empty for a commit
 
@@ -65,7 +69,7 @@ def comparable(found: list[Experiment]) -> dict[str, list[Experiment]]:
     groups: dict[tuple[str, str, str], list[Experiment]] = {}
     for e in found:
         same_data = (key for key in groups if key[0] == e.data_set)
-        key = (e.data_set, *e.judged_by) if e.metrics else next(same_data, (e.data_set, "", ""))
+        key = (e.data_set, *e.judged_by) if "fid" in e.metrics else next(same_data, (e.data_set, "", ""))
         groups.setdefault(key, []).append(e)
     titles = Counter(data_set for data_set, *_ in groups)
     return {
@@ -131,8 +135,10 @@ def _experiment(row: dict[str, Any], base: dict[str, Any], state: str | None = N
     files = (data.get("metrics") or {}).values()
     metrics = {name: value for file in files for name, value in (file.get("data") or {}).items() if math.isfinite(value)}
     samples = (data.get("outs") or {}).get(SAMPLES.as_posix()) or {}
-    deps, data_set, evaluator = data.get("deps") or {}, params.get("data.name"), params.get("evaluate.classifier")
-    hashes = [(deps.get(path) or {}).get("hash") or "" for path in (f"data/{data_set}/raw", evaluator)]
+    raw = raw_folder(params.get("data.name", FASHION_MNIST)).as_posix()
+    evaluator = Path(params.get("evaluate.classifier", CLASSIFIER)).as_posix()
+    deps = data.get("deps") or {}
+    hashes = [(deps.get(path) or {}).get("hash") or "unknown" for path in (raw, evaluator)]
     state = "unreadable" if row.get("error") else "" if state in (None, "success") else state
     return Experiment(
         name=row["name"] or (row["rev"] if row["rev"] == WORKSPACE else row["rev"][:7]),

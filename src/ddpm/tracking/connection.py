@@ -63,13 +63,17 @@ def store_exists(uri: str) -> bool:
 
 def experiment_name(data_set: str) -> str:
     """The MLflow experiment that the runs of a data set belong to."""
-    ours = EXPERIMENT if data_set == FASHION_MNIST else f"{data_set}-ddpm"
-    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or ours
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or (EXPERIMENT if data_set == FASHION_MNIST else _own_name(data_set))
 
 
 def model_name(data_set: str) -> str:
     """The registered model whose versions were trained on a data set."""
-    return MODEL_NAME if data_set == FASHION_MNIST else f"{data_set}-ddpm"
+    return MODEL_NAME if data_set == FASHION_MNIST else _own_name(data_set)
+
+
+def _own_name(data_set: str) -> str:
+    name = f"{data_set}-ddpm"
+    return f"{data_set}-images-ddpm" if name in (EXPERIMENT, MODEL_NAME) else name
 
 
 def without_password(uri: str) -> str:

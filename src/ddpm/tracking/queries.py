@@ -27,9 +27,8 @@ def evaluations(root: Path, data_sets: Iterable[str]) -> dict[str, "Run"]:
         return {}
     try:
         client = connect(root)
-        found = {experiment.experiment_id for name in data_sets if (experiment := find_experiment(client, name))}
-        runs = found and client.search_runs(
-            list(found),
+        runs = client.search_runs(
+            _experiments(client, data_sets),
             "tags.stage = 'evaluate' and attributes.status = 'FINISHED'",
             max_results=MAX_RUNS,
             order_by=["attributes.start_time DESC"],
@@ -37,7 +36,19 @@ def evaluations(root: Path, data_sets: Iterable[str]) -> dict[str, "Run"]:
     except Exception as error:
         print(f"warning: MLflow at {without_password(uri)}: {root_cause(error)}; continuing without its runs", file=sys.stderr)
         return {}
-    return {run.data.tags["samples_md5"]: run for run in reversed(runs or []) if "samples_md5" in run.data.tags}
+    return {run.data.tags["samples_md5"]: run for run in reversed(runs) if "samples_md5" in run.data.tags}
+
+
+def _experiments(client: "MlflowClient", data_sets: Iterable[str]) -> list[str]:
+    """The ids of the data sets' experiments. There is a warning for one that was deleted."""
+    found = set()
+    for name in data_sets:
+        try:
+            if experiment := find_experiment(client, name):
+                found.add(experiment.experiment_id)
+        except UserError as error:
+            print(f"warning: MLflow: {error}", file=sys.stderr)
+    return sorted(found)
 
 
 def experiment_with_views(root: Path, data_set: str) -> "Experiment | None":

@@ -1,4 +1,8 @@
-"""Which of two evaluations is better: the one rule for a training's best evaluation and for the champion in the registry."""
+"""Which of two evaluations is better.
+
+It decides which evaluation a training's run and a registered version show, and which version is the champion. Where two can't be
+compared, a training shows the newer one, and the champion stays.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -12,6 +12,7 @@ from ddpm.params import FASHION_MNIST, SampleParams
 from ddpm.paths import CACHE, LIBRARY, MODEL, TRACKING
 from ddpm.tracking.client import connect
 from ddpm.tracking.connection import model_name, root_cause, store_exists, tracking_uri, without_password
+from ddpm.tracking.logged_model import logged_models
 from ddpm.tracking.ranking import Evaluation, is_better
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 CHAMPION = "champion"
 VERSIONS = "mlflow.modelVersions"  # MLflow's tag of a logged model, which its pages show as a link
 DESCRIPTION = """\
-Diffusion models of {data_set}. Each version is a trained model with its best evaluation; `champion` is the one with the lowest
-FID among those of the same data and evaluator. `make serve` serves it.
+Diffusion models of {data_set}. Each version is a trained model with its best evaluation. `make serve` serves the `champion`:
+that alias moves to a version with a lower FID, of at least as many samples, by the same evaluator.
 """
 FIGURES = {  # what a version's summary shows: metric, its name there, and the same metric of real images
     "fid": ("FID, less is better", "fid_floor"),
@@ -60,21 +61,15 @@ def register(
         for name, value in tags.items():
             client.set_model_version_tag(model, number, name, value)
         client.update_model_version(model, number, _summary(evaluation, sampling))
-    if model_id := logged_model(owner):
-        client.set_logged_model_tags(model_id, {VERSIONS: json.dumps([{"name": model, "version": number}])})
+    for logged_model in logged_models(client, owner):
+        client.set_logged_model_tags(logged_model.model_id, {VERSIONS: json.dumps([{"name": model, "version": number}])})
     best = client.get_registered_model(model).aliases.get(CHAMPION)
     if best is None or (str(best) != str(number) and _beats(tags, client.get_model_version(model, best).tags)):
         client.set_registered_model_alias(model, CHAMPION, number)
 
 
-def logged_model(training: "Run") -> str | None:
-    """The id of the logged model that a run made; None if there is none, for example because the server is too old for them."""
-    models = training.outputs.model_outputs if training.outputs else []
-    return models[0].model_id if models else None
-
-
 def rounded(value: float) -> float:
-    """A metric with the digits that it is worth."""
+    """A metric with four significant digits, which is more than it is worth."""
     return float(f"{value:.4g}")
 
 
@@ -105,10 +100,10 @@ def _tags(evaluation: "Run", sampling: dict[str, Any]) -> dict[str, str]:
     recognises the version that an interrupted call left incomplete.
     """
     tags = evaluation.data.tags
-    copied = ("checkpoint_sha256", "evaluator_sha256", "data_sha256", "samples")  # the third isn't in runs of earlier versions
     return {
         "evaluation": evaluation.info.run_id,
-        **{name: tags[name] for name in copied if name in tags},
+        **{name: tags[name] for name in ("checkpoint_sha256", "evaluator_sha256", "samples")},
+        **{name: tags[name] for name in ("data_sha256",) if name in tags},  # evaluations of earlier versions lack it
         "fid": str(rounded(evaluation.data.metrics["eval/fid"])),
         "sampling": json.dumps(sampling),
     }
@@ -117,7 +112,7 @@ def _tags(evaluation: "Run", sampling: dict[str, Any]) -> dict[str, str]:
 def _beats(tags: dict[str, str], other: dict[str, str]) -> bool:
     """Whether a version with `tags` is better. False if the other one lacks our tags, because somebody registered it by hand."""
     try:
-        old = Evaluation.from_tags(float(other["fid"]), other)
+        old = Evaluation.from_tags(rounded(float(other["fid"])), other)  # earlier versions didn't round it
     except (KeyError, ValueError):
         return False
     return is_better(Evaluation.from_tags(float(tags["fid"]), tags), old)

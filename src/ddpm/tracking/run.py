@@ -1,7 +1,7 @@
 """A stage's MLflow run: a journal on disk, and threads that send the journal to MLflow's store.
 
 The program only appends to the journal and never waits for the store. A daemon thread sends what was appended, in batches, and a
-second one sends files and the like. What fails stays in the queue, and the thread tries again.
+second one sends files, pictures, data sets and models. What fails stays where it is, and the thread tries again.
 
 A run that is interrupted and resumed appends to the same journal and continues the same MLflow run. A step that is computed
 again keeps the value and time that the journal has. MLflow identifies a metric's values by both, so that sending a whole journal
@@ -127,7 +127,7 @@ class Run:
         self._append({"dataset": {"name": name, "digest": digest, "source": source, "profile": profile, "context": context}})
 
     def model(self, params: dict[str, Any], tags: Mapping[str, object]) -> None:
-        """Give the model that this run trained a page of its own."""
+        """List the model that this run trained in MLflow's tab Models."""
         self._append({"model": {"params": flatten(params), "tags": dict(tags)}})
 
     def best_evaluation(self, values: dict[str, float]) -> None:
@@ -152,7 +152,9 @@ class Run:
             self.journal.append(end)
         self.queue.append(end)
         self.finishing.set()
-        self.store.wait_for(self.thread or self._start_thread())  # a signal may have come before the thread was started
+        self.store.wait_for(
+            self.thread or self._start_thread(), self.queue
+        )  # a signal may have come before the thread was started
         all_sent = not (self.queue or self.store.waiting or self.store.refusal)
         self.journal.file.close()
         folder = self.journal.folder

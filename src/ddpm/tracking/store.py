@@ -34,7 +34,7 @@ SIDE = {  # the kinds of entries in the side lane, and what messages call them
     "preview": "sample previews",
     "artifact": "files",
     "dataset": "the data set",
-    "model": "the model's page",
+    "model": "the model in the tab Models",
     "register": "the model's version in the registry",
     "best_evaluation": "the training's best evaluation",
 }
@@ -44,11 +44,11 @@ MAIN = {"start": "parameters", "metric": "metrics", "tags": "tags", "end": "the 
 
 @dataclass
 class Lane:
-    """Entries that wait for one another, and the problem that holds them up."""
+    """What holds up one of the two threads that send."""
 
     problem: str | None = None  # the latest one; None once sending works again
-    since: float = 0.0
-    told: bool = False
+    since: float = 0.0  # when it began, by time.monotonic()
+    told: bool = False  # whether a warning was printed about it
 
 
 class Store:
@@ -203,15 +203,20 @@ class Store:
             told = f"{lane.problem}; the run continues and sends {held_up} once {until}"
             print(f"warning: MLflow at {self.address}: {told}", file=sys.stderr)
 
-    def wait_for(self, thread: threading.Thread) -> None:
-        """Return when the thread that sends has ended, or give up when a lane had a problem or was slow for too long."""
-        began = time.monotonic()
+    def wait_for(self, thread: threading.Thread, queue: deque[Entry]) -> None:
+        """Return when the thread that sends has ended, or give up when a lane had a problem or was slow for too long.
+
+        `queue` is the main lane's; until it is empty, a problem of the side lane doesn't count.
+        """
+        began = main_ended = time.monotonic()
         while thread.is_alive() and not self.given_up:
             thread.join(0.1)
             now = time.monotonic()
-            too_slow = now - began > SLOW_SECONDS
-            held_up = [lane for lane in (self.main, self.side) if lane.problem and now - max(began, lane.since) > EXIT_SECONDS]
-            self.given_up = too_slow or bool(held_up)
+            if queue:
+                main_ended = now
+            waits = [now - max(began, self.main.since)] if self.main.problem else []
+            waits += [now - max(main_ended, self.side.since)] if self.side.problem else []
+            self.given_up = now - began > SLOW_SECONDS or any(wait > EXIT_SECONDS for wait in waits)
 
 
 def _leading_metrics(queue: deque[Entry], limit: int) -> list[Entry]:

@@ -16,9 +16,10 @@ from ddpm.paths import CACHE
 from ddpm.tracking.client import ARTIFACTS, local_folder
 from ddpm.tracking.connection import Answer, answer, model_name
 from ddpm.tracking.journal import Entry
+from ddpm.tracking.logged_model import complete_logged_model, logged_models, without_metrics
 from ddpm.tracking.queries import newest_run
 from ddpm.tracking.ranking import Evaluation, is_better, is_comparable
-from ddpm.tracking.registry import logged_model, register, rounded
+from ddpm.tracking.registry import register, rounded
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -149,24 +150,14 @@ class StoredRun:
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
     def _log_model(self, params: dict[str, Any], tags: dict[str, Any]) -> None:
-        """Make the model that this run trained one of MLflow's logged models, which its page of models lists."""
-        from mlflow.entities import LoggedModelOutput
-
-        found = self.client.search_logged_models([self.experiment_id], f"source_run_id = '{self.run_id}'")
-        if found:
-            (model,) = found
-        else:
-            as_text = [{name: str(value) for name, value in values.items()} for values in (tags, params)]
-            name = model_name(self.data_set)
-            model = self.client.create_logged_model(self.experiment_id, name, self.run_id, as_text[0], as_text[1], "diffusion")
-        self.client.finalize_logged_model(model.model_id, "READY")
-        if logged_model(self.client.get_run(self.run_id)) is None:
-            self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, 0)])
+        """Make the model that this run trained one of MLflow's logged models, which its tab Models lists."""
+        as_text = [{name: str(value) for name, value in values.items()} for values in (params, tags)]
+        complete_logged_model(self.client, self.client.get_run(self.run_id), model_name(self.data_set), *as_text)
 
     def _log_best_evaluation(self, values: dict[str, float], timestamp: int) -> None:
-        """Copy the metrics of this evaluation to the training's run and its model, unless these already have better ones.
+        """Copy the metrics of this evaluation to the training's run and its logged model, unless those have better ones.
 
-        The copies are rounded to what they are worth.
+        Figures of another data set or evaluator, which don't compare, are replaced. The copies have four significant digits.
         """
         if self.parent_id is None:
             return
@@ -183,9 +174,14 @@ class StoredRun:
 
         inputs = evaluation.inputs.dataset_inputs if evaluation.inputs else []
         data = (inputs[0].dataset.name, inputs[0].dataset.digest) if inputs else ()
-        model_id = logged_model(training)
+        old_models = logged_models(self.client, training)
+        model = without_metrics(self.client, training, old_models) if old_models else None
+        model_id = model.model_id if model else None
         metrics = [Metric(name, rounded(value), timestamp, 0, model_id, *data) for name, value in values.items()]
         self.client.log_batch(self.parent_id, metrics=metrics)
+        for old_model in old_models:
+            if old_model.model_id != model_id:
+                self.client.delete_logged_model(old_model.model_id)
         self.client.set_tag(self.parent_id, "best_evaluation", self.run_id)
 
     def _finish_monitor(self) -> None:

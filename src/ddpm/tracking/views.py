@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment
 
-VERSION = 2  # raise it when a view changes, so that experiments get the new one
+VERSION = 1  # raise it when a view changes, so that experiments get the new one
 SINCE = (3, 15)  # MLflow's version
 VIEW, NOTE = "mlflow.sharedViewState.", "mlflow.note.content"  # MLflow's tags of an experiment
 FIRST_VIEW = "Leaderboard"
@@ -66,7 +66,7 @@ def furnish(client: "MlflowClient", experiment: "Experiment", data_set: str) -> 
     """Write the description and the data set's views that the experiment doesn't have yet. If that fails, runs work without."""
     from mlflow.exceptions import MlflowException
 
-    is_own = "MLFLOW_EXPERIMENT_NAME" not in os.environ and "MLFLOW_EXPERIMENT_ID" not in os.environ
+    is_own = not (os.environ.get("MLFLOW_EXPERIMENT_NAME") or os.environ.get("MLFLOW_EXPERIMENT_ID"))
     tags = {} if NOTE in experiment.tags else {NOTE: DESCRIPTION}
     for name, view in VIEWS.items():
         if (tag := VIEW + view_key(name, data_set)) not in experiment.tags:
