@@ -14,7 +14,7 @@ COLUMNS = ("fid", "precision", "recall", "class_accuracy")
 
 
 def run(full: bool) -> dict:
-    count, scales = (2000, SCALES) if full else (100, (1.0, 2.0))
+    count, scales = (2000, SCALES) if full else (60, (1.0, 2.0))
     raw, device, classifier = ROOT / "data/FashionMNIST/raw", torch.device("cpu"), evaluator()
     train, _ = extract_cached(classifier, load_split(raw, "train")[0], device, ROOT / ".cache")
     test, test_labels = load_split(raw, "test")

@@ -12,6 +12,7 @@ import torch
 from ddpm.errors import UserError
 from ddpm.runtime import distributed
 from ddpm.runtime.distributed import Group
+from ddpm.training import validation
 from ddpm.training.loop import train
 from ddpm.training.step import Execution
 from helpers import CPU, Recorder, class_images, free_port, params
@@ -31,10 +32,12 @@ import torch
 
 from ddpm.runtime.distributed import joined
 from ddpm.errors import Stopped
+from ddpm.training import validation
 from ddpm.training.loop import train
 from ddpm.training.step import Execution
 from helpers import CPU, Recorder, class_images, params
 
+validation.PREVIEW_STEPS = 2  # what a preview shows is of no interest here
 folder, stop_at, precisions = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 losses = {}
 with joined(CPU) as group:
@@ -93,7 +96,9 @@ def test_a_state_serves_any_number_of_processes(alone, tmp_path):
     assert (torch.cat(parts) - alone["float64"]).abs().max() < 1e-9
 
 
-def test_a_batch_in_parts_has_the_same_losses(tmp_path):
+def test_a_batch_in_parts_has_the_same_losses(tmp_path, monkeypatch):
+    monkeypatch.setattr(validation, "PREVIEW_STEPS", 2)
+
     def run(accumulate: int) -> torch.Tensor:
         (states := tmp_path / str(accumulate)).mkdir()
         log = Recorder()

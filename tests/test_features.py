@@ -38,9 +38,9 @@ def test_the_committed_weights_are_those_of_their_card():
 
 
 @pytest.mark.slow
-def test_accuracy_on_the_test_set(classifier, fashion_mnist):
+def test_accuracy_on_the_test_set(classifier, fashion_mnist, real_features):
     images, labels = load_split(fashion_mnist, "test")
-    features, predicted = extract(classifier, images, CPU)
+    features, predicted = extract_cached(classifier, images, CPU, real_features[0].parent)
     accuracy = (predicted == labels).float().mean().item()
     assert accuracy >= 0.93
     assert accuracy == pytest.approx(CARD["test_accuracy"], abs=5e-4)
