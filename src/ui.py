@@ -23,7 +23,7 @@ from ddpm.params_file import load_params
 from ddpm.paths import project_root
 from ddpm.runtime.cli import between, clean_errors
 from ddpm.tracking.client import ARTIFACTS
-from ddpm.tracking.connection import UI_HOST, UI_PORT, UI_PORT_FILE, tracking_uri, ui_port, without_password
+from ddpm.tracking.connection import UI_HOST, UI_PORT, UI_PORT_FILE, tracking_uri, ui_port
 from ddpm.tracking.queries import experiment_with_views
 from ddpm.tracking.views import runs_page
 
@@ -41,7 +41,7 @@ def main() -> None:
     except UserError as error:  # old runs can be looked at all the same
         print(f"note: {error}; showing the runs of {data_set}", file=sys.stderr)
     if uri.startswith("http"):
-        print(runs_page(without_password(uri.rstrip("/")), experiment_with_views(root, data_set), data_set))
+        print(runs_page(uri.rstrip("/"), experiment_with_views(root, data_set), data_set))
         return
     with socket.socket() as probe:
         if probe.connect_ex((UI_HOST, port)) == 0:

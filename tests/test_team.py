@@ -210,13 +210,17 @@ def test_a_refused_user_is_told_and_the_run_ships_later(server: Server, client, 
 
 
 @needs_postgres
-def test_make_ui_says_where_the_teams_runs_are(server: Server, client) -> None:
+def test_make_ui_says_where_the_teams_runs_are(server: Server, client, monkeypatch) -> None:
     def ui(address: str, **user: str) -> subprocess.CompletedProcess:
-        environment = ENVIRONMENT | {"MLFLOW_TRACKING_URI": address} | user
+        environment = ENVIRONMENT | {"MLFLOW_TRACKING_URI": address, "MLFLOW_EXPERIMENT_NAME": "of ada"} | user
         return subprocess.run(["python", "src/ui.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
 
-    number = client.get_experiment_by_name("fashion-mnist-ddpm").experiment_id
-    page = f"{server.address}/#/experiments/{number}/runs?workflowType=machine_learning\n"
+    for name, value in ADA.items():
+        monkeypatch.setenv(name, value)
+    page = (
+        f"{server.address}/#/experiments/{client.create_experiment('of ada')}/runs?workflowType=machine_learning"
+        "&viewStateShareKey=ddpm-leaderboard-FashionMNIST-1\n"
+    )
     assert ui(server.address, **ADA).stdout == page
 
     stranger = ui(server.address)

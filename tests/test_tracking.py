@@ -242,7 +242,7 @@ def test_a_finished_run_is_all_in_the_store(root, client):
 
 def test_a_killed_run_goes_on_where_it_was(root, client):
     """Every step once; what the journal had keeps its value, also where the steps are computed again."""
-    folder = root / ".resume" / "killed"
+    folder, count = root / ".resume" / "killed", len(runs(client, ""))
     before = one(client, "tags.journal = '{}'".format(Journal(folder).entries[0]["start"]["journal"]))
     assert before.info.status == "RUNNING"
     assert history(client, before, "train/loss") == [(step, 100.0 + step) for step in range(20)]
@@ -262,7 +262,7 @@ def test_a_killed_run_goes_on_where_it_was(root, client):
     assert after.data.params == before.data.params
     assert len(after.inputs.dataset_inputs) == 1
     assert not folder.exists()
-    assert len(runs(client, "tags.stage = 'train'")) == 2
+    assert len(runs(client, "")) == count
 
 
 def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import requests
 
+from ddpm.tracking.connection import without_password
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment
@@ -79,18 +81,22 @@ def furnish(client: "MlflowClient", experiment: "Experiment", data_set: str) -> 
 
 
 def runs_page(server: str, experiment: "Experiment | None", data_set: str) -> str:
-    """The address of the experiment's runs on a server, as the view that we show first; None before the first run."""
+    """The address of the experiment's runs on a server, as the view that we show first. `server` may have a password in it."""
+    shown = without_password(server)
     if experiment is None:
-        return f"{server} (no runs yet; `dvc repro` makes the first)"
-    page = f"{server}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
+        return f"{shown} (no runs yet; `dvc repro` makes the first)"
+    page = f"{shown}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
     key = view_key(FIRST_VIEW, data_set)
     return f"{page}&viewStateShareKey={key}" if VIEW + key in experiment.tags and shows_views(server) else page
 
 
 def shows_views(server: str) -> bool:
     """Whether the server's pages know saved views."""
+    user, token = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_TOKEN")
+    login = (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else None
+    headers = {"Authorization": f"Bearer {token}"} if token else None
     try:
-        version = requests.get(f"{server}/version", timeout=5).text
+        version = requests.get(f"{server}/version", auth=login, headers=headers, timeout=5).text
         return tuple(map(int, version.split(".")[:2])) >= SINCE
     except (requests.RequestException, ValueError):
         return False
