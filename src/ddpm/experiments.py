@@ -34,10 +34,7 @@ class Experiment:
     params: dict[str, Any] = field(default_factory=dict)  # by dotted name
     metrics: dict[str, float] = field(default_factory=dict)  # empty unless it is done
     samples_md5: str | None = None  # of output/samples.npz; None unless it is done
-    judged_by: tuple[str, str] = (
-        "unknown",
-        "unknown",
-    )  # MD5 of the data set and of the evaluator, which decide what the figures mean
+    judged_by: tuple[str, str] = ("unknown", "unknown")  # MD5 of the data set and of the evaluator
     state: str = ""  # queued, running, failed or unreadable; empty if it is done
     base: dict[str, Any] = field(default_factory=dict)  # the parameters of the commit that it started from; empty for a commit
 

@@ -12,7 +12,7 @@ KIND = "diffusion"  # what the page shows as the model's type
 def logged_models(client: "MlflowClient", training: "Run") -> list["LoggedModel"]:
     """The logged models of a training, the newest first: one, or more if their replacement was interrupted.
 
-    None if the run has none, for example because the server is too old for them.
+    Empty if the run has none, for example because the server is too old for them.
     """
     if not training.outputs or not training.outputs.model_outputs:
         return []

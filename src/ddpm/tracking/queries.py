@@ -27,8 +27,10 @@ def evaluations(root: Path, data_sets: Iterable[str]) -> dict[str, "Run"]:
         return {}
     try:
         client = connect(root)
+        if not (experiments := _experiments(client, data_sets)):
+            return {}
         runs = client.search_runs(
-            _experiments(client, data_sets),
+            experiments,
             "tags.stage = 'evaluate' and attributes.status = 'FINISHED'",
             max_results=MAX_RUNS,
             order_by=["attributes.start_time DESC"],

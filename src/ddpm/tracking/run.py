@@ -152,9 +152,8 @@ class Run:
             self.journal.append(end)
         self.queue.append(end)
         self.finishing.set()
-        self.store.wait_for(
-            self.thread or self._start_thread(), self.queue
-        )  # a signal may have come before the thread was started
+        thread = self.thread or self._start_thread()  # a signal may have come before the thread was started
+        self.store.wait_for(thread, self.queue)
         all_sent = not (self.queue or self.store.waiting or self.store.refusal)
         self.journal.file.close()
         folder = self.journal.folder
