@@ -35,7 +35,7 @@ COLUMN_WIDTH = 7
 HIDDEN_FIRST = ("kid", "train", "val.", "prec.", "recall", FLOORS)  # on narrower terminals, in this order
 LEGEND = """\
 ★  the lowest FID among those with the most samples
-× floor  FID as a multiple of what as many real images score"""
+× floor  FID divided by the FID of as many real images"""
 MOST_CHANGES = 3  # changed parameters in a row, and one more if that is the last
 
 
