@@ -332,12 +332,13 @@ def test_every_source_that_failed_is_listed_with_what_to_do(tmp_path, raw, lacki
     assert not raw.exists()
 
 
-def test_a_folder_that_is_not_there(tmp_path, raw, lacking):
+def test_a_folder_of_other_images_is_refused_even_if_the_cache_has_all_files(tmp_path, raw, lacking):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.png").touch()
     with pytest.raises(UserError) as caught:
-        download(raw, lacking(SMALLEST), tmp_path / "nowhere", mirrors=[], debian=False)
-    assert str(caught.value) == nothing_had(
-        [SMALLEST], f"folder {tmp_path / 'nowhere'}: it has neither {SMALLEST} nor {SMALLEST}.gz"
-    )
+        download(raw, lacking(), tmp_path / "photos")
+    line = "has none of Fashion-MNIST's four files; for images of yours, choose another data.name"
+    assert str(caught.value) == f"data.folder: {tmp_path / 'photos'}: {line}"
 
 
 @pytest.mark.skipif(not (shutil.which("apt-get") and shutil.which("dpkg-deb")), reason="no apt-get or no dpkg-deb")

@@ -6,18 +6,22 @@ import re
 import subprocess
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+import yaml
+from mlflow import MlflowClient
+from PIL import Image, ImageDraw, ImageFont
 
+import crash
 from clones import edit_params, environment
 from ddpm.data.dataset import load_dataset
 from ddpm.data.idx import idx_header, map_idx
 from ddpm.errors import UserError
-from ddpm.sources.user_folder import take_folder
-from helpers import copied, start
+from ddpm.sources.user_folder import existing_folder, take_folder
+from helpers import commit, copied, mlflow_runs, run, stages_run, start
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,9 +85,9 @@ def test_taking_a_folder_again_leaves_nothing_old(workspace):
     assert taken(workspace / "colours").image_shape == (3, 16, 16)
 
     (workspace / "colours/003.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"003\.png: not a complete image"):
+    with pytest.raises(UserError, match=r"003\.png: not an image, or a damaged one"):
         taken(workspace / "colours")
-    with pytest.raises(UserError, match=r"ubyte: there is no such file; "):
+    with pytest.raises(UserError, match=r"`python src/download.py` recreates it$"):
         load_dataset("mine")
 
 
@@ -145,41 +149,57 @@ def image_folder(**images: Image.Image | bytes | None):
     return apply
 
 
-def test_the_data_set_s_own_folder_is_not_taken_and_stays(workspace):
-    mnist(raw := workspace / "data/mine/raw", packed=False)
-    before = {path: path.read_bytes() for path in raw.iterdir()}
+@pytest.mark.parametrize("place", ["data/mine/raw", "data/mine/raw/pictures"])
+def test_the_data_set_s_own_folder_is_not_taken_and_stays(workspace, place):
+    mnist(folder := workspace / place, packed=False)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UserError, match=r"the data set will be written to this folder; move your files elsewhere first$"):
-        take_folder(raw, Path("data/mine/raw"))
-    assert {path: path.read_bytes() for path in raw.iterdir()} == before
+        take_folder(folder, Path("data/mine/raw"))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        pytest.param("/nope", "/nope: there is no such folder", id="missing"),
+        pytest.param("~nobody-here/x", "~nobody-here/x: there is no user nobody-here", id="of nobody"),
+        pytest.param("{workspace}/file", "{workspace}/file: there is no such folder", id="a file"),
+        pytest.param("/" + "x" * 300, f"/{'x' * 300}: can't be read (File name too long)", id="too long a name"),
+    ],
+)
+def test_a_folder_that_is_not_there_is_told(workspace, name, line):
+    (workspace / "file").touch()
+    with pytest.raises(UserError, match=f"^data.folder: {re.escape(line.format(workspace=workspace))}$"):
+        existing_folder(name.format(workspace=workspace))
+
+
+def test_a_folder_may_be_under_one_s_home(workspace, monkeypatch):
+    monkeypatch.setenv("HOME", str(workspace))
+    (workspace / "pets").mkdir()
+    assert existing_folder("~/pets") == workspace / "pets"
+
+
+def test_mnist_s_format_can_be_scaled(workspace):
+    arrays = mnist(workspace / "given", packed=True)
+    take_folder(workspace / "given", Path("data/mine/raw"), 14)
+    data = load_dataset("mine")
+    assert data.images.shape == (60, 14, 14) and data.test_labels.tolist() == [1, 2, 0] * 4
+    halved = arrays["train-images-idx3-ubyte"].reshape(60, 14, 2, 14, 2).mean((2, 4))
+    assert np.corrcoef(data.images.numpy().ravel(), halved.ravel())[0, 1] > 0.9
+
+
+def test_a_single_label_is_no_class(workspace):
+    mnist(folder := workspace / "given", packed=False)
+    for prefix, count in (("train", 60), ("t10k", 12)):
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(idx_header((count,)) + bytes([7] * count))
+    assert taken(folder).classes == ()
 
 
 FAULTS = [
-    (lambda folder: None, "data.folder: {folder}: there is no such folder"),
-    (
-        lambda folder: folder.mkdir(),
-        "{folder}: has no images (.bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp) and no train-",
-    ),
-    (lambda folder: pictures(folder, 69), "{folder}: 9 images for testing are too few; at least 10 are needed, or 70 that"),
-    (image_folder(a__x_png=b"no image"), "{folder}/a/x.png: not a complete image ("),
-    (image_folder(a__x_png=b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), "{folder}/a/x.png: not a complete image ("),
-    (
-        image_folder(a__x_png=Image.new("L", (16, 15))),
-        "{folder}/a/x.png: is 16×15; all images should be 16×16, as {folder}/a/000.png ",
-    ),
-    (
-        image_folder(a__x_png=Image.new("L", (32, 32))),
-        "{folder}/a/x.png: is 32×32; all images should be 16×16, as {folder}/a/000.png ",
-    ),
-    (image_folder(a__000_png=Image.new("L", (8, 9))), "{folder}/a/000.png: is 8×9; all images should be square"),
-    (
-        image_folder(a__x_png=Image.new("I;16", (16, 16))),
-        "{folder}/a/x.png: has more than 8 bits per pixel and channel; convert it first",
-    ),
-    (image_folder(x_png=Image.new("L", (16, 16))), "{folder}/x.png: an image next to sub-folders of images; put each image "),
-    (
-        lambda folder: [pictures(folder / "train/a", 9), pictures(folder / "test/b", 9)],
-        "{folder}: train has classes ['a'], test has ['b']; they should be the same",
-    ),
+    (lambda folder: folder.mkdir(), "{folder}: has no images, and no file train-images-idx3-ubyte"),
+    (lambda folder: pictures(folder, 69), "{folder}: 9 images for testing are too few; at least 10 are needed (one in 7"),
+    (image_folder(a__x_png=b"no image"), "{folder}/a/x.png: not an image, or a damaged one"),
+    (image_folder(a__x_png=b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), "{folder}/a/x.png: can't be read (Truncated File Read)"),
     (
         spoil("train-images-idx3-ubyte", lambda b: b[:-1]),
         "{folder}/train-images-idx3-ubyte: corrupt: shorter or longer than its header says",
@@ -284,18 +304,92 @@ def test_a_folder_of_coloured_images_through_the_whole_pipeline(coloured_run, tm
     colours = samples["images"].mean((1, 2)).argmax(1)
     assert (colours == np.array([2, 1, 0])[samples["labels"]]).mean() > 0.8  # blue, green, red: in alphabetical order
     metrics = json.loads((clone / "output/metrics/evaluate.json").read_text())
+    (evaluator,) = (clone / ".cache").glob("classifier-*.json")
     assert metrics["class_accuracy_real"] == 1
     assert metrics["fid"] > metrics["fid_floor"]
     with Image.open(clone / "output/generated_samples.png") as grid:
         assert grid.mode == "RGB"
 
-    edit_params(
-        clone, {"evaluate": {"classifier": "models/classifier.pth"}, "train": {"model": {"channels": [16, 32, 64, 64, 64]}}}
-    )
-    for stage, line in (
-        ("train", "error: params.yaml: train.model.channels: 5 levels would halve 8×8 pixels unevenly; use fewer"),
-        ("evaluate", "error: models/classifier.pth: trained on FashionMNIST, not on colours; "),
+    assert metrics["evaluator"] == json.loads(evaluator.read_text())["sha256"][:12]
+
+    deep = {"train": {"model": {"channels": [16, 32, 64, 64, 64]}}}
+    halved = "5 levels would halve 8×8 pixels unevenly; use fewer, or set data.size to 32"
+    for changes, stage, line in (
+        (
+            {"evaluate": {"classifier": "models/classifier.pth"}},
+            "evaluate",
+            "models/classifier.pth: trained on FashionMNIST, not on",
+        ),
+        (deep, "train", f"params.yaml: train.model.channels: {halved}"),
+        ({"sample": {"classes": [12]}}, "train", "params.yaml: sample.classes: 12, but colours has the classes 0 to 2"),
     ):
+        edit_params(clone, changes)
         _, errors = (process := start(clone, "python", f"src/{stage}.py")).communicate()
         assert process.returncode == 1
-        assert errors.splitlines()[-1].startswith(line)
+        assert errors.splitlines()[-1].startswith(f"error: {line}")
+        run(clone, "git", "checkout", "--quiet", "params.yaml")
+        edit_params(clone, {"data": yaml.safe_load((coloured_run / "params.yaml").read_text())["data"]})
+
+
+@pytest.mark.slow
+def test_experiments_on_other_images_have_their_own_names_and_one_evaluator(coloured_run, tmp_path):
+    clone = copied(coloured_run, tmp_path)
+    commit(clone, "colours")
+    run(clone, "dvc", "exp", "run", "--temp", "--name", "few-steps", "--set-param", "sample.steps=3")
+    table = run(clone, "python", "src/compare.py")
+    assert re.search(r"few-steps +sample\.steps=3 ", table)
+    assert "evaluator" not in table  # a title for those of another evaluator would have the word
+    run(clone, "python", "src/report.py")
+    page = re.sub(r"base64,[^\"]+", "", (clone / "output/report.html").read_text())
+    for text in (table, page):
+        assert not re.search("fashion|garment", text, re.IGNORECASE)
+    assert "a diffusion model of colours" in page
+
+    evaluations = mlflow_runs(clone, "evaluate")
+    (evaluator,) = {run.data.tags["evaluator_sha256"] for run in evaluations}
+    assert len(evaluations) == 2
+    client = MlflowClient(f"sqlite:///{clone / 'mlflow.db'}")
+    champion = client.get_model_version_by_alias("colours-ddpm", "champion")
+    assert champion.tags["evaluator_sha256"] == evaluator
+    assert not re.search("fashion|garment", champion.description, re.IGNORECASE)
+
+
+def letters(folder: Path) -> None:
+    """20 letters from the fonts that come with matplotlib: red, on a transparent background, cut out tightly.
+
+    One font in six is for validation.
+    """
+    fonts = sorted(Path(matplotlib.get_data_path(), "fonts/ttf").glob("*.ttf"))
+    fonts = [path for path in fonts if path.name.startswith(("DejaVu", "STIXGeneral", "cmr", "cmss", "cmtt", "cmb"))]
+    for i, path in enumerate(fonts):
+        font = ImageFont.truetype(path, 40)
+        for letter in "ABCDEFGHJKLMNOPRSTUV":
+            left, top, right, bottom = font.getbbox(letter)
+            if right <= left or bottom <= top:  # the font lacks it
+                continue
+            image = Image.new("RGBA", (int(right - left), int(bottom - top)), (0, 255, 0, 0))
+            ImageDraw.Draw(image).text((-left, -top), letter, (200, 0, 0, 255), font)
+            file = folder / ("Val" if i % 6 == 5 else "Train") / letter / f"{path.stem}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file)
+
+
+@pytest.mark.slow
+def test_letters_of_published_fonts_through_the_whole_pipeline(tmp_path):
+    """Transparent, of mixed sizes, split into Train and Val; two edits and the size, so that it takes seconds."""
+    letters(tmp_path / "letters")
+    clone = crash.clone(tmp_path)
+    edit_params(clone, {"data": {"name": "letters", "folder": str(tmp_path / "letters"), "size": 16}})
+    output = run(clone, "dvc", "repro")
+    assert stages_run(output) == ["download", "train", "sample", "evaluate"]
+    assert re.search(r"colour images of 16×16 pixels, 20 classes: A, B, C, D, E, F, G, H, J, K, …, V ", output)
+    assert re.search(r"one class per folder; held out for testing: \d+ images, those in Val\n", output)
+    data = np.fromfile(clone / "data/letters/raw/train-images-idx4-ubyte", np.uint8, offset=20)
+    corners = data.reshape(-1, 16, 16, 3)[:, ::15, ::15].reshape(-1, 3)
+    assert not (corners == (0, 255, 0)).all(1).any() and (corners == 255).all(1).mean() > 0.3  # white where nothing is
+    metrics = json.loads((clone / "output/metrics/evaluate.json").read_text())
+    assert metrics["class_accuracy_real"] > 0.5  # ten times as often as by guessing
+    (judged,) = re.findall(r"evaluate: fid [\d.]+ of the first (\d+) samples, \d+ × the floor of real images", output)
+    assert int(judged) == int.from_bytes((clone / "data/letters/raw/t10k-labels-idx1-ubyte").read_bytes()[4:8], "big")
+    with Image.open(clone / "output/generated_samples.png") as grid:
+        assert grid.height > 20 * 32  # one row per class

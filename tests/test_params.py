@@ -182,7 +182,10 @@ FAULTS: list[tuple[dict[str, object], list[str]]] = [
     ({"train.model.channels": [0]}, [f"train.model.channels: [0] {CHANNELS}"]),
     ({"train.model.channels": 48}, [f"train.model.channels: 48 {CHANNELS}"]),
     ({"train.model.channels": [8] * 6}, [f"train.model.channels: [8, 8, 8, 8, 8, 8] {CHANNELS}"]),
-    ({"train.model.channels": [8] * 3}, ["train.model.channels: 3 levels would halve 14×14 pixels unevenly; use fewer"]),
+    (
+        {"train.model.channels": [8] * 3},
+        ["train.model.channels: 3 levels would halve 14×14 pixels unevenly; use fewer"],
+    ),
     ({"train.model.attention": [8]}, ["train.model.attention: no level has resolution 8; there are [14, 7]"]),
     ({"train.model.attention": 7}, ["train.model.attention: 7 should be a list"]),
     ({"train.model.attention": ["7"]}, ["train.model.attention.0: YAML reads '7' as text; write it as 7"]),

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-FASHION_MNIST = "FashionMNIST"  # the only data set that can be downloaded; its images have 28×28 pixels
+FASHION_MNIST = "FashionMNIST"
+DOWNLOADABLE = {FASHION_MNIST: 28, "MNIST": 28, "CIFAR10": 32}  # pixels along a side of their images
+MIN_SIZE, MAX_SIZE = 8, 1024  # pixels along a side that data.size can ask for
 GROUPS = 8  # of every GroupNorm; every width is a multiple of it
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -31,6 +33,8 @@ Width = Annotated[int, Field(ge=GROUPS, le=4096, multiple_of=GROUPS)]
 Widths = Annotated[list[Width], Field(min_length=1, max_length=5), allowed("a list of 1 to 5 multiples of 8, at most 4096")]
 ClassList = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, max_length=256)]
 Classes = Annotated[Literal["all", "none"] | ClassList, allowed("all, none or a list of class numbers, which start at 0")]
+Pixels = Annotated[int, Field(ge=MIN_SIZE, le=MAX_SIZE)]
+Size = Annotated[Literal["auto"] | Pixels, allowed(f"auto or a number of pixels, {MIN_SIZE} to {MAX_SIZE}")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"), allowed("auto, cpu, mps, cuda or, for example, cuda:1")]
 
 
@@ -45,12 +49,24 @@ class DataParams(Section):
         str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"), allowed("the name of a folder: letters, digits, . _ -")
     ]
     folder: Annotated[str, Field(min_length=1)] | None
+    size: Size
+    mirror: bool
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Self:
-        if self.name != FASHION_MNIST and self.folder is None:
-            raise ValueError(f"folder: only {FASHION_MNIST} can be downloaded; set it to the folder that holds {self.name}")
+        if self.name not in DOWNLOADABLE and self.folder is None:
+            *names, last = DOWNLOADABLE
+            raise ValueError(
+                f"folder: only {', '.join(names)} and {last} can be downloaded; set it to the folder that holds {self.name}"
+            )
+        if self.name == FASHION_MNIST and self.size not in ("auto", DOWNLOADABLE[FASHION_MNIST]):
+            raise ValueError(f"size: {self.size}, but {FASHION_MNIST} is always 28×28 pixels, as its evaluator expects; use auto")
         return self
+
+    @property
+    def known_size(self) -> int | None:
+        """Pixels along a side of the images, if that is known before the data set is there."""
+        return DOWNLOADABLE.get(self.name) if self.size == "auto" else self.size
 
 
 class ModelParams(Section):
@@ -61,15 +77,25 @@ class ModelParams(Section):
     heads: Annotated[int, Field(ge=1, le=64)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
 
-    def check(self, image_size: int) -> None:
-        """Raise ValueError if no such U-Net fits images of `image_size` pixels. The message starts with the wrong key."""
+    def check(self, image_size: int, can_resize: bool = True) -> None:
+        """Raise ValueError if no such U-Net fits images of `image_size` pixels. The message starts with the wrong key.
+
+        It says which sizes would fit, if the user can choose one.
+        """
         size, levels = image_size // self.patch_size, len(self.channels)
+        divisor = self.patch_size * 2 ** (levels - 1)
+        around = (image_size // divisor * divisor, (image_size // divisor + 1) * divisor)
+        fitting = [str(side) for side in around if MIN_SIZE <= side <= MAX_SIZE]
+        or_resize = f", or set data.size to {' or '.join(fitting)}" if can_resize and fitting else ""
         if image_size % self.patch_size:
             raise ValueError(
-                f"train.model.patch_size: {image_size}×{image_size} pixels can't be divided by {self.patch_size}; use a divisor"
+                f"train.model.patch_size: {image_size}×{image_size} pixels can't be divided by {self.patch_size}; "
+                f"use a divisor{or_resize}"
             )
         if size % 2 ** (levels - 1):
-            raise ValueError(f"train.model.channels: {levels} levels would halve {size}×{size} pixels unevenly; use fewer")
+            raise ValueError(
+                f"train.model.channels: {levels} levels would halve {size}×{size} pixels unevenly; use fewer{or_resize}"
+            )
         resolutions = [size // 2**level for level in range(levels)]
         for resolution in self.attention:
             if resolution not in resolutions:
@@ -124,6 +150,22 @@ class SampleParams(Section):
     count: Annotated[int, Field(ge=10, le=1_000_000)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
 
+    def class_ids(self, classes: int) -> list[int]:
+        """The numbers of the classes to draw, for a model with so many `classes`; none to draw without a class."""
+        if isinstance(self.classes, list):
+            return list(self.classes)
+        return list(range(classes)) if self.classes == "all" else []
+
+    def check(self, classes: int, of: str) -> None:
+        """Raise ValueError if images of a data set or model, called `of`, with so many classes can't be drawn like this."""
+        if isinstance(self.classes, list) and not classes:
+            raise ValueError(f"sample.classes: {self.classes}, but {of} has no classes; use all or none")
+        asked = self.class_ids(classes)
+        if asked and max(asked) >= classes:
+            raise ValueError(f"sample.classes: {max(asked)}, but {of} has the classes 0 to {classes - 1}")
+        if self.count < len(asked):
+            raise ValueError(f"sample.count: {self.count} images are fewer than the {len(asked)} classes; use at least as many")
+
 
 class EvaluateParams(Section):
     classifier: Annotated[str, Field(min_length=1)]
@@ -148,8 +190,8 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        if self.data.name == FASHION_MNIST:  # for another data set, training checks this once it knows the image size
-            self.train.model.check(28)
+        if self.data.known_size:  # otherwise training checks this, once it knows the size
+            self.train.model.check(self.data.known_size, can_resize=self.data.name != FASHION_MNIST)
         self.train.check(self.runtime.processes, self.runtime.accumulate)
         if self.sample.steps > self.train.diffusion.timesteps:
             raise ValueError(

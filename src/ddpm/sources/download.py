@@ -35,8 +35,13 @@ def download(raw: Path, cache: Path, folder: Path | None = None, mirrors: Sequen
 
     Files that aren't in `cache` yet are looked for in `folder`, packed or unpacked, then in each of `mirrors`, and last, unless
     `debian` is False, in the Debian package. They are verified before they are put in place, so an interrupted download leaves
-    no incomplete file. Raises UserError with a list of the sources and why they failed.
+    no incomplete file. Raises UserError with a list of the sources and why they failed,
+    or if `folder` has none of the files.
     """
+    if folder is not None and not any((folder / f"{name}{end}").is_file() for name in FILES for end in ("", ".gz")):
+        raise UserError(
+            f"data.folder: {folder}: has none of Fashion-MNIST's four files; for images of yours, choose another data.name"
+        )
     missing = [name for name in FILES if not _is_verified(cache / name)]
     failures = []
     with tempfile.TemporaryDirectory() as temporary:

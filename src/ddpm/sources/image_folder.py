@@ -1,100 +1,174 @@
-"""Takes a user's data set that is a folder of images."""
+"""Takes a user's data set that is a folder of images: photos and drawings of any size and kind."""
 
+import math
 import random
+import warnings
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from ddpm.data.idx import TEST, TRAIN, idx_header, idx_name
+from ddpm.data.idx import TEST, TRAIN
 from ddpm.errors import UserError
-from ddpm.files import atomic
-from ddpm.sources.mnist_files import MIN_IMAGES, write_labels
+from ddpm.sources.layout import Labelled, files_below, understand
+from ddpm.sources.raw_files import Taken, resized, write_images, write_labels
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-TEST_EVERY = 7  # one in seven images is used for testing unless they are split already: Fashion-MNIST's share
-MAX_CLASSES = 256  # labels are bytes
+KEPT_SIZES = range(8, 257)  # pixels along a side that stay, if all images are square and equal
+AUTO_SIZES = (64, 32)  # pixels along a side for all others
+BACKGROUND = "white"  # seen through transparent pixels
+NAMED = 5  # files that were left out, in one line
+TOLD = 20  # files that can't be read
+UNREADABLE = (OSError, SyntaxError, TypeError, ValueError, EOFError, Image.DecompressionBombError)
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photos are welcome; for huge ones there is an error
 
 
-def take_images(folder: Path, raw: Path) -> list[str]:
-    """Write the images in `folder` to `raw`; returns the names of the classes, which are those of their sub-folders.
+@dataclass
+class Found:
+    """The files of a folder, as far as their first bytes tell."""
 
-    Raises UserError if an image can't be read or isn't square and of the same size as the others, if there are too few, or if
-    their folders don't make clear what the classes are.
+    images: dict[Path, tuple[int, int]] = field(default_factory=dict)  # width and height
+    is_grey: bool = True  # all images are
+    others: list[Path] = field(default_factory=list)  # files that aren't images
+    unreadable: dict[Path, str] = field(default_factory=dict)  # images that can't be read, and why
+
+
+def take_images(folder: Path, raw: Path, size: int | None) -> Taken:
+    """Write the images in `folder` to `raw`, as squares of one size, grey if all are grey and else RGB.
+
+    Without a `size` they keep their own if all are square and equal, with 8 to 256 pixels along a side. Otherwise they are scaled
+    and cropped: to 64 pixels if more than half of the images have shorter sides of at least 64, else to 32. Raises UserError with
+    the files that can't be read, or if it isn't clear what the classes are, or if there are too few images.
     """
-    if (folder / "train").is_dir() and (folder / "test").is_dir():
-        classes, train = _find_images(folder / "train")
-        test_classes, test = _find_images(folder / "test")
-        if classes != test_classes:
-            raise UserError(f"{folder}: train has classes {classes}, test has {test_classes}; they should be the same")
-    else:
-        classes, found = _find_images(folder)
-        test = found[TEST_EVERY - 1 :: TEST_EVERY]
-        train = [item for i, item in enumerate(found, 1) if i % TEST_EVERY]
-    paths = [path for path, _ in train + test]
-    size, mode = _common_size(paths)
-    for items, purpose in ((test, "testing"), (train, "training")):
-        if len(items) < MIN_IMAGES:
-            unsplit = f"{MIN_IMAGES * TEST_EVERY} that aren't split into train and test"
-            raise UserError(
-                f"{folder}: {len(items)} images for {purpose} are too few; at least {MIN_IMAGES} are needed, or {unsplit}"
-            )
-    with tqdm(total=len(paths), unit="image", desc=folder.name, dynamic_ncols=True) as bar:
-        for prefix, items in ((TRAIN, train), (TEST, test)):
+    found = look_into(folder)
+    if not found.images:
+        if found.unreadable:
+            raise UserError(_told(found.unreadable))
+        raise UserError(f"{folder}: has no images, and no file {TRAIN}-images-idx3-ubyte")
+    layout = understand(folder, sorted([*found.images, *found.unreadable]))
+    side = side_of(Counter(found.images.values()), size)
+    mode, shape = ("L", (side, side)) if found.is_grey else ("RGB", (side, side, 3))
+    with tqdm(total=len(found.images), unit="image", desc=folder.name, dynamic_ncols=True) as bar:
+
+        def contents(items: Labelled) -> Iterator[bytes]:
+            for path in (path for path, _ in items if path in found.images):
+                try:
+                    with Image.open(path) as image:
+                        yield square(image, side, mode).tobytes()
+                except UNREADABLE as error:
+                    found.unreadable[path] = _reason(error)
+                bar.update()
+
+        for prefix, items in ((TRAIN, layout.train), (TEST, layout.test)):
             random.Random(0).shuffle(items)  # because validation takes the first ones
-            shape = (len(items), size, size, *((3,) if mode == "RGB" else ()))
-            with atomic(raw / idx_name(prefix, "images", shape)) as out:
-                out.write(idx_header(shape))
-                for path, _ in items:
-                    out.write(_pixels(path, mode))
-                    bar.update()
+            write_images(raw, prefix, len(items), shape, contents(items))
             write_labels(raw, prefix, np.array([label for _, label in items]))
-    return classes
+    if found.unreadable:
+        raise UserError(_told(found.unreadable))
+    notes = [
+        f"{'one class per folder' if layout.classes else 'no classes'}; "
+        f"held out for testing: {len(layout.test):,} images, {layout.held_out}",
+        *_changes(found, side),
+        *_left_out(folder, found),
+    ]
+    return Taken(layout.classes, shape, len(layout.train), len(layout.test), notes)
 
 
-def _find_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """The names of the classes in `folder`, and its images in alphabetical order, each with the number of its class."""
-    parts = {path: path.relative_to(folder).parts for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES}
-    parts = {path: names for path, names in parts.items() if not any(name.startswith(".") for name in names)}
-    unsorted = [path for path, names in parts.items() if len(names) == 1]
-    classes = sorted({names[0] for names in parts.values() if len(names) > 1})
-    if not parts:
-        raise UserError(f"{folder}: has no images ({' '.join(sorted(SUFFIXES))}) and no {TRAIN}-images-idx3-ubyte")
-    if classes and unsorted:
-        raise UserError(f"{unsorted[0]}: an image next to sub-folders of images; put each image into the sub-folder of its class")
-    if len(classes) > MAX_CLASSES or not all(name.isprintable() for name in classes):
-        raise UserError(f"{folder}: there may be at most {MAX_CLASSES} classes, and their names must be printable")
-    return classes, [(path, classes.index(names[0]) if classes else 0) for path, names in parts.items()]
+def look_into(folder: Path) -> Found:
+    """Tell images from other files by their content, whatever their names are."""
+    found = Found()
+    suffixes = Image.registered_extensions()
+    for path in tqdm([*files_below(folder)], unit="file", desc=f"{folder.name}: sizes", dynamic_ncols=True, leave=False):
+        try:
+            with Image.open(path) as image:
+                if isinstance(image, ImageFile.StubImageFile) or image.format == "MPEG":  # Pillow knows it, but can't decode it
+                    found.others.append(path)
+                    continue
+                found.images[path] = image.size
+                found.is_grey = found.is_grey and is_grey(image)
+        except UNREADABLE as error:
+            if isinstance(error, UnidentifiedImageError) and suffixes.get(path.suffix.lower()) not in Image.OPEN:
+                found.others.append(path)
+            else:
+                found.unreadable[path] = _reason(error)
+    return found
 
 
-def _common_size(paths: list[Path]) -> tuple[int, str]:
-    """The width and height of the images, and "L" if all are grey, else "RGB"."""
-    side, grey = 0, True
-    for path in paths:
-        with _opened(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise UserError(f"{path}: has more than 8 bits per pixel and channel; convert it first")
-            side = side or image.width  # of the first one
-            if image.size != (side, side):
-                wanted = f"{side}×{side}, as {paths[0]} is" if path != paths[0] else "square"
-                raise UserError(f"{path}: is {image.width}×{image.height}; all images should be {wanted}")
-            grey = grey and image.mode in ("1", "L", "LA")
-    return side, "L" if grey else "RGB"
+def is_grey(image: Image.Image) -> bool:
+    """Whether the image has shades of grey only, as far as its mode or its palette tells."""
+    if image.mode == "P":
+        colours = np.array(image.getpalette("RGB")).reshape(-1, 3)
+        return bool((colours == colours[:, :1]).all())
+    return image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
 
 
-def _pixels(path: Path, mode: str) -> bytes:
-    with _opened(path) as image:
-        return image.convert(mode).tobytes()
+def side_of(sizes: Counter[tuple[int, int]], wanted: int | None) -> int:
+    """Pixels along a side that images of these widths and heights are made to have."""
+    if wanted is not None:
+        return wanted
+    (width, height), *others = sizes
+    if not others and width == height and width in KEPT_SIZES:
+        return width
+    large_enough = (side for side in AUTO_SIZES if sum(n for size, n in sizes.items() if min(size) >= side) > sizes.total() / 2)
+    return next(large_enough, AUTO_SIZES[-1])
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (UnidentifiedImageError, OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a complete image ({reason})") from None
+def square(image: Image.Image, side: int, mode: str) -> Image.Image:
+    """The image in `mode` L or RGB, `side` pixels wide and high, upright, and without transparency.
+
+    Raises ValueError if its pixels' range of values isn't clear.
+    """
+    image.draft("RGB", (2 * side, 2 * side))  # lets JPEG's decoder skip detail that the scaling would remove
+    image = _in_bytes(ImageOps.exif_transpose(image))
+    if image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, BACKGROUND)
+        opaque.alpha_composite(image.convert("RGBA"))
+        image = opaque
+    return resized(image.convert(mode), side)
+
+
+def _in_bytes(image: Image.Image) -> Image.Image:
+    """Images of 16 bits or floating-point numbers as grey ones of 8 bits; others as they are."""
+    if not (image.mode in ("I", "F") or image.mode.startswith("I;16")):
+        return image
+    pixels, white = np.asarray(image), 1.0 if image.mode == "F" else 65535
+    if not (pixels.min() >= 0 and pixels.max() <= white):  # so that nan fails
+        raise ValueError(f"pixel values from {pixels.min()} to {pixels.max()}; at most 0 to {white} are supported")
+    return Image.fromarray((pixels / white * 255).round().astype(np.uint8))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "a link to a file that doesn't exist"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or a damaged one"
+    return f"can't be read ({(str(error) or type(error).__name__).splitlines()[0]})"
+
+
+def _told(unreadable: dict[Path, str]) -> str:
+    lines = [f"{path}: {reason}" for path, reason in sorted(unreadable.items())]
+    if len(lines) == 1:
+        return lines[0]
+    more = [f"… and {len(lines) - TOLD:,} more"] if len(lines) > TOLD else []
+    return "\n".join([f"{len(lines):,} images can't be read; repair or remove them:", *lines[:TOLD], *more])
+
+
+def _changes(found: Found, side: int) -> list[str]:
+    sizes = sorted(set(found.images.values()), key=math.prod)
+    if sizes == [(side, side)]:
+        return []
+    smallest, largest = (f"{width}×{height}" for width, height in (sizes[0], sizes[-1]))
+    were = smallest if len(sizes) == 1 else f"of {len(sizes):,} sizes, {smallest} to {largest}"
+    return [f"scaled to {side}×{side} pixels and cropped to the middle; they were {were} (data.size sets the size)"]
+
+
+def _left_out(folder: Path, found: Found) -> list[str]:
+    if not found.others:
+        return []
+    names = [path.relative_to(folder).as_posix() for path in found.others[:NAMED]]
+    more = ", …" if len(found.others) > NAMED else ""
+    return [f"left out: {len(found.others):,} files that can't be opened as images ({', '.join(names)}{more})"]

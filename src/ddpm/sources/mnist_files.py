@@ -3,23 +3,23 @@
 import gzip
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from ddpm.data.idx import TEST, TRAIN, idx_header, idx_name, read_header
+from ddpm.data.idx import TEST, TRAIN, read_header
 from ddpm.errors import UserError
-from ddpm.files import atomic, write_atomic
+from ddpm.sources.raw_files import MIN_IMAGES, Taken, resized, write_images, write_labels
 
 CHUNK = 1 << 20  # bytes
-MIN_IMAGES = 10  # for training, and for testing
 
 
-def take_mnist_files(folder: Path, raw: Path) -> list[str]:
-    """Write the data set in `folder` to `raw`; returns the names of its classes, which are their numbers in MNIST's files.
+def take_mnist_files(folder: Path, raw: Path, size: int | None) -> Taken:
+    """Write the data set in `folder` to `raw`, scaled to `size` if there is one. The names of classes are their numbers.
 
     In `raw` the classes are numbered from 0, without gaps. Raises UserError if a file is missing, can't be read, or doesn't match
     the others.
@@ -27,7 +27,7 @@ def take_mnist_files(folder: Path, raw: Path) -> list[str]:
     labels, shapes = {}, {}
     for prefix in (TRAIN, TEST):
         labels[prefix] = _read_labels(folder, prefix)
-        shapes[prefix] = _copy_images(folder, prefix, len(labels[prefix]), raw)
+        shapes[prefix] = _copy_images(folder, prefix, len(labels[prefix]), raw, size)
     if shapes[TRAIN] != shapes[TEST]:
         train, test = ("×".join(map(str, shapes[prefix])) for prefix in (TRAIN, TEST))
         raise UserError(f"{folder}: training images are {train}, test images {test}; they should be the same")
@@ -36,7 +36,8 @@ def take_mnist_files(folder: Path, raw: Path) -> list[str]:
         raise UserError(f"{folder}: label {unknown[0]} is in the test set, but not in the training set")
     for prefix in (TRAIN, TEST):
         write_labels(raw, prefix, np.searchsorted(numbers, labels[prefix]))
-    return [str(number) for number in numbers]
+    classes = [str(number) for number in numbers] if len(numbers) > 1 else []  # a single one tells nothing apart
+    return Taken(classes, shapes[TRAIN], len(labels[TRAIN]), len(labels[TEST]), ["taken from files in MNIST's format"])
 
 
 def _read_labels(folder: Path, prefix: str) -> np.ndarray:
@@ -48,8 +49,8 @@ def _read_labels(folder: Path, prefix: str) -> np.ndarray:
     return labels
 
 
-def _copy_images(folder: Path, prefix: str, count: int, raw: Path) -> tuple[int, ...]:
-    """Copy a file of `count` images, chunk by chunk; returns the shape of one image, (H, H) or (H, H, 3)."""
+def _copy_images(folder: Path, prefix: str, count: int, raw: Path, size: int | None) -> tuple[int, ...]:
+    """Copy a file of `count` images, scaled to `size`; returns the shape of one image in `raw`, (H, H) or (H, H, 3)."""
     with _open_idx(folder, prefix, "images") as (path, file, shape):
         if len(shape) not in (3, 4) or shape[1] != shape[2] or shape[3:] not in ((), (3,)):
             raise UserError(f"{path}: its shape is {'×'.join(map(str, shape))}; images should be square, and grey or RGB")
@@ -57,13 +58,18 @@ def _copy_images(folder: Path, prefix: str, count: int, raw: Path) -> tuple[int,
             raise UserError(f"{path}: {shape[0]} images, but there are {count} labels")
         if count < MIN_IMAGES:
             raise UserError(f"{path}: {count} images are too few; at least {MIN_IMAGES} are needed")
-        with atomic(raw / idx_name(prefix, "images", shape)) as copy:
-            copy.write(idx_header(shape))
-            for chunk in _chunks(path, file):
-                copy.write(chunk)
-            if copy.tell() != len(idx_header(shape)) + math.prod(shape):
-                raise UserError(f"{path}: corrupt: shorter or longer than its header says")
-    return shape[1:]
+        if size is None or size == shape[1]:
+            write_images(raw, prefix, count, shape[1:], _of_length(math.prod(shape), path, _chunks(path, file)))
+            return shape[1:]
+        images = _of_length(math.prod(shape), path, _chunks(path, file, math.prod(shape[1:])))
+        scaled_shape = (size, size, *shape[3:])
+        write_images(raw, prefix, count, scaled_shape, (scale(image, shape[1:], size) for image in images))
+        return scaled_shape
+
+
+def scale(content: bytes, shape: tuple[int, ...], side: int) -> bytes:
+    """The pixels of one image of this shape, scaled to `side` pixels along a side."""
+    return resized(Image.fromarray(np.frombuffer(content, np.uint8).reshape(shape)), side).tobytes()
 
 
 @contextmanager
@@ -80,10 +86,22 @@ def _open_idx(folder: Path, prefix: str, kind: str) -> Iterator[tuple[Path, Buff
         yield path, file, shape
 
 
-def _chunks(path: Path, file: BufferedIOBase) -> Iterator[bytes]:
+def _chunks(path: Path, file: BufferedIOBase, size: int = CHUNK) -> Iterator[bytes]:
     with _reading(path):
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(size):
             yield chunk
+
+
+def _of_length(expected: int, path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The chunks. Raises UserError if they have more or fewer bytes than `expected`."""
+    total = 0
+    for chunk in chunks:
+        total += len(chunk)
+        if total > expected:
+            break
+        yield chunk
+    if total != expected:
+        raise UserError(f"{path}: corrupt: shorter or longer than its header says")
 
 
 @contextmanager
@@ -92,9 +110,3 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (EOFError, OSError, zlib.error) as error:
         raise UserError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error})") from None
-
-
-def write_labels(raw: Path, prefix: str, labels: np.ndarray) -> None:
-    """Write labels [N], from 0 to 255, to their file in the folder `raw`."""
-    header = idx_header((len(labels),))
-    write_atomic(raw / idx_name(prefix, "labels", (len(labels),)), header + labels.astype(np.uint8).tobytes())
