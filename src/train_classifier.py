@@ -1,7 +1,8 @@
-"""Train the evaluator of the data set in params.yaml, once, by hand: `python src/train_classifier.py`.
+"""Train an evaluator of the data set in params.yaml into a file of its own: `python src/train_classifier.py`.
 
-This is no stage of the pipeline: figures are comparable only if they come from the same frozen features. Prints the card of the
-classifier, which says how good it is, and writes it beside the weights.
+Figures are comparable only if they come from the same frozen features. Fashion-MNIST's evaluator was made with this command, and
+is in git. For other data `evaluate` trains one and keeps it in .cache; a file made here can be committed, or copied to other
+machines. Prints the card of the classifier, which says how good it is, and writes it beside the weights.
 """
 
 import argparse
@@ -10,38 +11,25 @@ import sys
 from pathlib import Path
 
 from ddpm.data.dataset import load_dataset
-from ddpm.evaluation.classifier_training import RECIPE, evaluate_classifier, new_classifier, train_classifier
-from ddpm.files import sha256, write_atomic
+from ddpm.evaluation.classifier_training import make_classifier, write_classifier
+from ddpm.evaluation.judge import REFERENCES
 from ddpm.params import FASHION_MNIST
 from ddpm.params_file import load_params
 from ddpm.paths import CLASSIFIER, classifier_file
 from ddpm.runtime.cli import clean_errors
-from ddpm.tensor_files import serialise
+from ddpm.runtime.device import select_device
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help=f"{CLASSIFIER}, or models/classifier-NAME.pth for other data")
-    out, data_name = parser.parse_args().out, load_params().data.name
+    out, params = parser.parse_args().out, load_params()
+    data_name = params.data.name
     out = out or (CLASSIFIER if data_name == FASHION_MNIST else classifier_file(data_name))
-    data = load_dataset(data_name)
-    classes = len(data.classes)
-
-    weights = train_classifier(data.images, data.labels, classes).state_dict()
-    weights = {name: w.half().contiguous() if w.is_floating_point() else w for name, w in weights.items()}
-    model = new_classifier(data.images, classes)
-    model.load_state_dict(weights)  # evaluated as it will be used: stored in half precision, computed in float32
-    content = serialise({"weights": weights})
-    card = {
-        "sha256": sha256(content),
-        "data": data_name,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        **evaluate_classifier(model.eval(), data),
-        "recipe": RECIPE,
-    }
+    device = select_device(params.runtime.device, tf32=False, deterministic=params.runtime.deterministic)
+    content, card = make_classifier(load_dataset(data_name).subsample(REFERENCES), data_name, device)
     print(json.dumps(card, indent=2))
-    write_atomic(out, content)
-    write_atomic(out.with_suffix(".json"), (json.dumps(card, indent=2) + "\n").encode())
+    write_classifier(out, content, card)
     done = f"{out} and {out.with_suffix('.json')} are ready; name the first in params.yaml as evaluate.classifier"
     print(done, file=sys.stderr)  # standard output is the card alone
 

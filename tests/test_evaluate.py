@@ -175,9 +175,9 @@ def test_a_changed_byte_of_the_samples_is_noticed_or_harmless(tmp_path):
 def test_augmented_images_keep_their_form_and_depend_on_the_generator_alone(seed, n):
     images = torch.randint(0, 256, (n, 28, 28), generator=seeded(seed)).to(torch.uint8)
     before = images.clone()
-    augmented = augment(images, seeded(seed))
+    augmented = augment(images, seeded(seed), mirror=True)
     assert augmented.shape == images.shape and augmented.dtype == torch.uint8
-    assert torch.equal(augmented, augment(images, seeded(seed)))
+    assert torch.equal(augmented, augment(images, seeded(seed), mirror=True))
     assert torch.equal(images, before)
 
 
@@ -186,7 +186,7 @@ def test_augmentation_shifts_mirrors_and_erases_a_square():
     row, column = 12, 6
     images = torch.zeros(4000, 28, 28, dtype=torch.uint8)
     images[:, row, column] = 200
-    augmented = augment(images, seeded(0))
+    augmented = augment(images, seeded(0), mirror=True)
     seen = augmented.nonzero()
     assert set(augmented[augmented > 0].tolist()) == {200}
     assert len(seen[:, 0].unique()) == len(seen)  # at most one pixel each
@@ -196,16 +196,26 @@ def test_augmentation_shifts_mirrors_and_erases_a_square():
     assert straight.float().mean() == pytest.approx(0.5, abs=0.03)
     erased = 1 - len(seen) / len(images)
     assert erased == pytest.approx(100 / 28**2, abs=0.04)
+    unmirrored = augment(images, seeded(0), mirror=False).nonzero()
+    assert ((unmirrored[:, 2] - column).abs() <= 2).all()
+
+
+def test_augmentation_is_in_proportion_to_the_size():
+    images = torch.zeros(2000, 64, 64, 3, dtype=torch.uint8)
+    images[:, 30, 20] = 200
+    seen = augment(images, seeded(0), mirror=False)[..., 0].nonzero()
+    assert set((seen[:, 1] - 30).tolist()) == set(range(-4, 5))
+    assert 1 - len(seen) / len(images) == pytest.approx((22 / 64) ** 2, abs=0.04)
 
 
 @pytest.mark.slow
-def test_turns_of_symmetric_images_are_learned(monkeypatch):
+def test_turns_of_symmetric_images_are_learned():
     """Wedges that widen downwards: mirroring after a quarter turn would make it the other quarter turn."""
-    monkeypatch.setattr(classifier_training, "RECIPE", classifier_training.RECIPE | {"epochs": 6, "batch_size": 50})
+    recipe = classifier_training.RECIPE | {"epochs": 6, "batch_size": 50}
     rows, columns = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     centre, slope = (torch.rand(600, 1, 1, generator=seeded(i)) for i in range(2))
     wedges = (((columns - 9 - 10 * centre).abs() < (0.2 + 0.3 * slope) * rows) * 255).to(torch.uint8)
-    model = classifier_training.train_classifier(wedges, torch.zeros(600, dtype=torch.int64), 0).eval()
+    model = classifier_training.train_classifier(wedges, torch.zeros(600, dtype=torch.int64), 0, recipe).eval()
     images, quarters = turned(wedges[:200])
     predicted = extract(model, images, torch.device("cpu"))[1]
     assert all((predicted[quarters == k] == k).float().mean() > 0.9 for k in range(4))
@@ -213,7 +223,7 @@ def test_turns_of_symmetric_images_are_learned(monkeypatch):
 
 def test_augmentation_is_a_view_of_the_image_but_for_the_erased_square(fashion_mnist):
     images = load_split(fashion_mnist, "train")[0][:30]
-    augmented = augment(images, seeded(3))
+    augmented = augment(images, seeded(3), mirror=True)
     padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
     for i, image in enumerate(augmented):
         views = [padded[i, r : r + 28, c : c + 28] for r in range(5) for c in range(5)]

@@ -122,7 +122,9 @@ def test_without_the_card(copy):
 def test_with_a_card_that_is_none(copy, content):
     card = copy.with_suffix(".json")
     card.write_text(content)
-    line = f"{card}: holds no sha256 and data of classifier.pth; `python src/train_classifier.py --out {copy}` makes both"
+    line = (
+        f"{card}: lacks sha256, data or test_accuracy of classifier.pth; `python src/train_classifier.py --out {copy}` makes both"
+    )
     with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
         load_classifier(copy)
 
@@ -136,10 +138,8 @@ def test_with_another_hash_in_the_card(copy):
 
 
 def test_one_of_another_data_set(copy):
-    line = (
-        f"{copy}: trained on FashionMNIST, not on MNIST; `python src/train_classifier.py --out models/classifier-MNIST.pth` makes"
-    )
-    with pytest.raises(UserError, match=f"^{re.escape(line)}"):
+    line = f"{copy}: trained on FashionMNIST, not on MNIST; set evaluate.classifier to auto"
+    with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
         load_classifier(copy, "MNIST")
 
 

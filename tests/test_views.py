@@ -17,13 +17,13 @@ import dvc.api
 import numpy as np
 import pytest
 import requests
-import yaml
 from PIL import Image
 
 import browser
 from clones import AS_SOMEBODY
 from ddpm.data.fashion_mnist import CLASSES
 from ddpm.experiments import _experiment
+from ddpm.files import file_sha256
 from helpers import ENVIRONMENT, copied, free_port, mlflow_runs, run
 
 pytestmark = pytest.mark.slow
@@ -85,11 +85,13 @@ def test_the_comparison_has_them_all_the_best_first(clone: Path, shown: dict) ->
 
 
 def test_what_judged_an_experiment_is_known_from_dvc(shown: dict, clone: Path) -> None:
-    stage = yaml.safe_load((clone / "dvc.lock").read_text())["stages"]["evaluate"]
-    hashes = {dep["path"]: dep["md5"] for dep in stage["deps"]}
-    judges = (hashes["data/FashionMNIST/raw"], hashes["models/classifier.pth"])
+    metrics = json.loads((clone / "output/metrics/evaluate.json").read_text())
+    judges = (metrics["data"], metrics["evaluator"])
+    assert metrics["evaluator"] == file_sha256(clone / "models/classifier.pth")[:12]
     for name, data in shown.items():
-        assert _experiment({"name": name, "rev": name, "data": data}, {}).judged_by == judges
+        experiment = _experiment({"name": name, "rev": name, "data": data}, {})
+        assert experiment.judged_by == judges
+        assert not {"data", "evaluator"} & experiment.metrics.keys()
 
 
 def test_experiments_of_an_amended_commit_are_still_compared(clone: Path, tmp_path: Path) -> None:

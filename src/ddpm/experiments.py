@@ -11,12 +11,11 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ddpm.errors import UserError
 from ddpm.params import FASHION_MNIST
-from ddpm.paths import CLASSIFIER, PARAMS, SAMPLES, project_root, raw_folder
+from ddpm.paths import PARAMS, SAMPLES, project_root
 from ddpm.tracking.client import connect
 from ddpm.tracking.connection import store_exists, tracking_uri
 from ddpm.tracking.provenance import flatten, git
@@ -34,7 +33,7 @@ class Experiment:
     params: dict[str, Any] = field(default_factory=dict)  # by dotted name
     metrics: dict[str, float] = field(default_factory=dict)  # empty unless it is done
     samples_md5: str | None = None  # of output/samples.npz; None unless it is done
-    judged_by: tuple[str, str] = ("unknown", "unknown")  # MD5 of the data set and of the evaluator
+    judged_by: tuple[str, str] = ("unknown", "unknown")  # the first digits of the data set's and of the evaluator's SHA-256
     state: str = ""  # queued, running, failed or unreadable; empty if it is done
     base: dict[str, Any] = field(default_factory=dict)  # the parameters of the commit that it started from; empty for a commit
 
@@ -130,12 +129,9 @@ def _experiment(row: dict[str, Any], base: dict[str, Any], state: str | None = N
     data = row.get("data") or {}
     params = flatten((data.get("params") or {}).get(PARAMS.name, {}).get("data") or {})
     files = (data.get("metrics") or {}).values()
-    metrics = {name: value for file in files for name, value in (file.get("data") or {}).items() if math.isfinite(value)}
+    values = {name: value for file in files for name, value in (file.get("data") or {}).items()}
+    metrics = {name: value for name, value in values.items() if not isinstance(value, str) and math.isfinite(value)}
     samples = (data.get("outs") or {}).get(SAMPLES.as_posix()) or {}
-    raw = raw_folder(params.get("data.name", FASHION_MNIST)).as_posix()
-    evaluator = Path(params.get("evaluate.classifier", CLASSIFIER)).as_posix()
-    deps = data.get("deps") or {}
-    hashes = [(deps.get(path) or {}).get("hash") or "unknown" for path in (raw, evaluator)]
     state = "unreadable" if row.get("error") else "" if state in (None, "success") else state
     return Experiment(
         name=row["name"] or (row["rev"] if row["rev"] == WORKSPACE else row["rev"][:7]),
@@ -143,7 +139,7 @@ def _experiment(row: dict[str, Any], base: dict[str, Any], state: str | None = N
         params=params,
         metrics={} if state else metrics,
         samples_md5=None if state else samples.get("hash"),
-        judged_by=(hashes[0], hashes[1]),
+        judged_by=(values.get("data", "unknown"), values.get("evaluator", "unknown")),
         state=state or "",
         base=base,
     )

@@ -1,4 +1,4 @@
-"""The evaluator: a small classifier of the data set whose penultimate features the metrics compare.
+"""The network of the evaluator: a small classifier of the data set whose penultimate features the metrics compare.
 
 Distances between feature distributions mean something only under the same features, so the weights are frozen and, for
 Fashion-MNIST, committed (`models/classifier.pth`), with their SHA-256 and recipe beside them (`models/classifier.json`).
@@ -14,11 +14,12 @@ from ddpm.data.pixels import channels_first
 from ddpm.errors import UserError
 from ddpm.files import file_sha256
 from ddpm.params import FASHION_MNIST
-from ddpm.paths import CLASSIFIER, classifier_file
+from ddpm.paths import CLASSIFIER
 from ddpm.tensor_files import load_tensors
 
 PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of Fashion-MNIST's pixels in [0, 1]; for other data the first layer learns its own
 FEATURES = 128
+MOST_PIXELS = 64  # along a side; larger images are averaged down to so many before anything else
 TURNS = 4  # classes of a network that learned to recognise quarter turns, for data without classes
 MADE_BY = "python src/train_classifier.py"
 
@@ -46,6 +47,8 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = (channels_first(images).float() / 255 - PIXEL_MEAN) / PIXEL_STD
+        if x.shape[-1] > MOST_PIXELS:
+            x = F.interpolate(x, size=(MOST_PIXELS, MOST_PIXELS), mode="area")
         x = F.max_pool2d(F.relu(self.stem(x)), 2)
         x = F.max_pool2d(F.relu(self.widen(x)), 2)
         x = F.relu(self.shortcut(x) + self.block(x))
@@ -65,19 +68,16 @@ def load_classifier(path: Path, data: str = FASHION_MNIST) -> Classifier:
     remedy = f"`git checkout {path} {card}` restores" if is_committed else f"`{MADE_BY} --out {path}` makes"
     try:
         content = json.loads(card.read_text())
-        expected, trained_on = content["sha256"], content["data"]
+        expected, trained_on, _ = content["sha256"], content["data"], content["test_accuracy"]
     except FileNotFoundError:
         raise UserError(f"{card}: there is no such file; {remedy} it together with {path.name}") from None
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{card}: holds no sha256 and data of {path.name}; {remedy} both") from None
+        raise UserError(f"{card}: lacks sha256, data or test_accuracy of {path.name}; {remedy} both") from None
     weights = load_tensors(path, {"weights"}, f"{remedy} it")["weights"]
     if file_sha256(path) != expected:
         raise UserError(f"{path}: not the classifier that {card.name} describes (SHA-256 differs); FIDs would not compare")
     if trained_on != data:
-        other = classifier_file(data)
-        raise UserError(
-            f"{path}: trained on {trained_on}, not on {data}; `{MADE_BY} --out {other}` makes one: name it in evaluate.classifier"
-        )
+        raise UserError(f"{path}: trained on {trained_on}, not on {data}; set evaluate.classifier to auto")
     classifier = Classifier(len(weights["head.bias"]), weights["stem.0.weight"].shape[1])
     classifier.load_state_dict({name: w.float() if w.is_floating_point() else w for name, w in weights.items()})
     return classifier.eval().requires_grad_(False)

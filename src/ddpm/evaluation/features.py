@@ -18,16 +18,17 @@ class Extracted(NamedTuple):
     predictions: Tensor  # int64 [N], classes
 
 
+PIXELS_AT_ONCE = 200_000  # in one batch; larger batches need more memory and aren't faster
 EMPTY = Extracted(torch.empty(0, FEATURES), torch.empty(0, dtype=torch.int64))
 
 
 @torch.inference_mode()
 def extract(
-    classifier: Classifier, images: Tensor, device: torch.device, batch_size: int = 250, group: Group = SINGLE_PROCESS
+    classifier: Classifier, images: Tensor, device: torch.device, batch_size: int | None = None, group: Group = SINGLE_PROCESS
 ) -> Extracted:
     """Features and predicted classes of uint8 images [N, …]. Each rank computes its share; all but rank 0 get EMPTY."""
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
-    mine = group.shard(images.split(batch_size))
+    mine = group.shard(images.split(batch_size or min(250, max(1, PIXELS_AT_ONCE // images.shape[1] ** 2))))
     features, predictions = [EMPTY.features], [EMPTY.predictions]
     what, hidden = f"features of {len(images)}", not group.is_main
     # The delay keeps the bar from printing before `with` can end its line.

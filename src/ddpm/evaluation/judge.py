@@ -1,5 +1,6 @@
 """The whole evaluation of a set of samples: each figure beside what real images score."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,17 +46,14 @@ def judge(samples: Samples, data: Dataset, features: Features) -> tuple[dict[str
     train, (test, test_predicted) = features.train.features, features.test
     metrics = {"fid": fid(sample_features, train), "fid_test": fid(sample_features, test), "kid": kid(sample_features, train)}
 
-    n = min(len(sample_features), len(test))
-    count = (
-        1 if len(sample_features) == len(test) else FLOOR_DRAWS
-    )  # with as many samples as test images, every draw is the whole test set
-    draws = [draw for seed in range(count) if (draw := class_balanced(data.test_labels, labels, seed)) is not None]
-    of_real = floors(train, test, data, labels, draws) if draws else {}
-    unseen = draws[0] if draws else slice(None)  # there is no floor if some class has more samples than test images
+    # With as many samples as test images, every draw is the whole test set.
+    count = 1 if len(sample_features) == len(test) else FLOOR_DRAWS
+    draws = [draw_real(data.test_labels, labels, seed) for seed in range(count)]
+    of_real = floors(train, test, data, labels, draws)
+    unseen = draws[0]
     real = test[unseen]
-    metrics |= prdc(sample_features[:n], real)
-    if (real_draw := class_balanced(data.labels, labels[:n], 0)) is not None:
-        of_real |= {f"{name}_real": value for name, value in prdc(train[real_draw], real).items()}
+    metrics |= prdc(sample_features, real)
+    of_real |= {f"{name}_real": value for name, value in prdc(train[draw_real(data.labels, labels, 0)], real).items()}
 
     if (labels >= 0).all():
         metrics["class_accuracy"] = (predicted == labels).float().mean().item()
@@ -63,6 +61,23 @@ def judge(samples: Samples, data: Dataset, features: Features) -> tuple[dict[str
         of_real["class_accuracy_real"] = (test_predicted == data.test_labels).float().mean().item()
     copies, picture = neighbours(samples.images, sample_features, data, train, data.test_images[unseen], real)
     return metrics | copies | of_real, picture
+
+
+def comparable_samples(samples: Samples, data: Dataset) -> Samples:
+    """As many of the samples as can be compared with an equal number of real images, which a floor needs."""
+    n = min(len(samples.images), len(data.images), len(data.test_images))
+    return replace(samples, images=samples.images[:n], labels=samples.labels[:n])
+
+
+def draw_real(pool: Tensor, labels: Tensor, seed: int) -> Tensor:
+    """Indices into `pool`, the labels of real images, of as many images as there are `labels`.
+
+    Each class has as many of them as it has samples, if there are enough; otherwise they are drawn from all classes.
+    """
+    balanced = class_balanced(pool, labels, seed)
+    if balanced is not None:
+        return balanced
+    return torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[: len(labels)]
 
 
 def class_balanced(pool: Tensor, labels: Tensor, seed: int) -> Tensor | None:
@@ -87,9 +102,8 @@ def class_balanced(pool: Tensor, labels: Tensor, seed: int) -> Tensor | None:
 def floors(train: Tensor, test: Tensor, data: Dataset, labels: Tensor, draws: list[Tensor]) -> dict[str, float]:
     """The scores of an equal number of real images against the same references: the practical limit for any model."""
     floors = {"fid_floor": torch.tensor([fid(test[draw], train) for draw in draws])}
-    others = [draw for seed in range(FLOOR_DRAWS) if (draw := class_balanced(data.labels, labels, seed)) is not None]
-    if others:
-        floors["fid_test_floor"] = torch.tensor([fid(train[draw], test) for draw in others])
+    others = [draw_real(data.labels, labels, seed) for seed in range(FLOOR_DRAWS)]
+    floors["fid_test_floor"] = torch.tensor([fid(train[draw], test) for draw in others])
     floors["kid_floor"] = torch.tensor([kid(test[draw], train) for draw in draws])
     means = {name: values.mean().item() for name, values in floors.items()}
     return means | {f"{name}_std": values.std().item() for name, values in floors.items() if len(values) > 1}

@@ -87,18 +87,16 @@ def nearest(queries: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     best = _points(queries[:1]).new_full((len(queries),), torch.inf)
     index = torch.zeros(len(queries), dtype=torch.int64)
     columns = max(1, HELD // (4 * reference[0].numel()))
+    parts = torch.arange(len(queries)).split(min(ROWS, columns))
     for start in range(0, len(reference), columns):
         some = _points(reference[start : start + columns])
-        for rows in torch.arange(len(queries)).split(ROWS):
+        for rows in parts:
             distance, found = torch.cdist(_points(queries[rows]), some).min(1)
             closer = distance < best[rows]
             best[rows] = torch.where(closer, distance, best[rows])
             index[rows] = torch.where(closer, found + start, index[rows])
     distance = torch.cat(  # recomputed without the matrix product, whose rounding blurs distances near zero
-        [
-            (_points(queries[rows]) - _points(reference[index[rows]])).norm(dim=1)
-            for rows in torch.arange(len(queries)).split(ROWS)
-        ]
+        [(_points(queries[rows]) - _points(reference[index[rows]])).norm(dim=1) for rows in parts]
     )
     return distance, index
 
