@@ -120,7 +120,7 @@ class Ours(Contender):
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         p = self.p.model_copy(update={"batch_size": len(images)})
-        _, t, eps, dropped = (x.to(self.device) for x in draw(p, self.steps, 1, SHAPE, self.diffusion))
+        _, t, eps, dropped, _ = (x.to(self.device) for x in draw(p, self.steps, 1, SHAPE, self.diffusion))
         return batch_loss(self.model, self.diffusion, images, labels.masked_fill(dropped, NULL_CLASS), t, eps)
 
     def sample(self, labels: Tensor, evaluations: int) -> Tensor:

@@ -42,7 +42,7 @@ def breakdown(p: TrainParams, steps: int) -> dict[str, float]:
     taken: dict[str, list[float]] = {part: [] for part in PARTS}
     for step in range(steps + 5):
         clock = [time.perf_counter()]
-        batch, t, eps, dropped = draw(p, step, len(images), SHAPE, diffusion)
+        batch, t, eps, dropped, _ = draw(p, step, len(images), SHAPE, diffusion)
         x0, y = to_model_range(images[batch]), labels[batch].masked_fill(dropped, NULL_CLASS)
         clock.append(time.perf_counter())
         model.zero_grad()

@@ -7,6 +7,7 @@ resumes from its last saved state when it is started again.
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,21 +16,25 @@ from torch import Tensor
 from ddpm.checkpoint import save_checkpoint
 from ddpm.data.dataset import Dataset, dataset_sha256, load_dataset
 from ddpm.diffusion.schedule import terminal_warning
+from ddpm.errors import UserError
 from ddpm.figures import png, sheet
 from ddpm.files import file_sha256, write_atomic
 from ddpm.params import Params, RuntimeParams
 from ddpm.params_file import load_params
 from ddpm.paths import MODEL, PLOTS, TRAIN_METRICS, raw_folder
 from ddpm.runtime.cli import clean_errors
-from ddpm.runtime.device import can_compile, enough_memory, select_device
+from ddpm.runtime.device import can_compile, enough_memory, free_memory, select_device
 from ddpm.runtime.distributed import Group, is_worker
 from ddpm.runtime.run_folder import fingerprint, imported_source
 from ddpm.stage import run_stage
 from ddpm.tracking.run import Run
 from ddpm.training.loop import NoLog, Trained, train
+from ddpm.training.memory import memory_needed
 from ddpm.training.state import architecture
 from ddpm.training.step import Execution, use_bfloat16
 from ddpm.training.validation import PREVIEW_ROWS
+
+GIB = 1 << 30
 
 
 class RunLog:
@@ -49,8 +54,10 @@ def main() -> None:
     device = select_device(params.runtime.device, deterministic=params.runtime.deterministic)
     if not is_worker() and (warning := terminal_warning(p.diffusion.schedule, p.diffusion.timesteps)):
         print(f"warning: train.diffusion: {warning}", file=sys.stderr)
-    data = load_dataset(params.data.name)
-    architecture(p, data)  # raises UserError now, before any work, if no such network fits the images
+    data = replace(load_dataset(params.data.name), mirror=params.data.mirror)
+    check(params, data)
+    if not is_worker():
+        warn_of_memory(params, data, device)
     data_sha256 = dataset_sha256(params.data.name)
 
     def work(group: Group, folder: Path, run: Run | None) -> str:
@@ -66,9 +73,33 @@ def main() -> None:
         log_outputs(run, trained, params, data_sha256, execution)
         return f"{MODEL} after {p.steps:,} steps, validation loss {trained.validation_curve[-1]['loss']:.4f}"
 
-    name = fingerprint({**p.model_dump(), "data": data_sha256}, imported_source())
+    name = fingerprint({**p.model_dump(), "data": data_sha256, "mirror": data.mirror}, imported_source())
     with enough_memory(device, f"lower train.batch_size ({p.batch_size}) or train.model.channels ({p.model.channels})"):
         run_stage("train", params, device, name, work)
+
+
+def check(params: Params, data: Dataset) -> None:
+    """Raise UserError now, before any work, if a later stage couldn't do its work with this data."""
+    architecture(params.train, data)
+    try:
+        params.sample.check(len(data.classes), params.data.name)
+    except ValueError as error:
+        raise UserError(f"params.yaml: {error}") from None
+    evaluator = params.evaluate.classifier
+    if evaluator != "auto" and not Path(evaluator).is_file():
+        raise UserError(f"params.yaml: evaluate.classifier: {evaluator}: there is no such file; use auto")
+
+
+def warn_of_memory(params: Params, data: Dataset, device: torch.device) -> None:
+    """Print a line if training may take more memory than is free."""
+    p, runtime = params.train, params.runtime
+    parts = runtime.accumulate * (runtime.processes if device.type == "cuda" else 1)  # without CUDA processes share memory
+    needed = memory_needed(p, data, -(-p.batch_size // parts), 2 if use_bfloat16(p, device) else 4)
+    if needed > (free := free_memory(device)):
+        remedy = "lower train.batch_size or data.size, or raise runtime.accumulate"
+        print(
+            f"warning: training may take {needed / GIB:.1f} GiB of memory; {free / GIB:.1f} are free: {remedy}", file=sys.stderr
+        )
 
 
 def how_to_execute(runtime: RuntimeParams, device: torch.device, group: Group) -> Execution:

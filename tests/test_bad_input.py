@@ -4,10 +4,13 @@ The modules' own tests have the many ways in which parameters, data, samples and
 """
 
 import json
+import math
 import os
 import pickle
+import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +23,7 @@ import yaml
 
 from ddpm.checkpoint import save_checkpoint
 from ddpm.data.fashion_mnist import FILES
+from ddpm.data.idx import TEST, TRAIN, idx_header
 from ddpm.diffusion.unet import UNet
 
 pytestmark = pytest.mark.slow
@@ -94,6 +98,32 @@ def damaged_data(folder: Path) -> None:
         (folder / RAW / name).write_bytes(b"\0" * 100)
 
 
+def other_images(folder: Path, **changes: object) -> None:
+    """Ten grey images for training and for testing, without classes, in data/mine."""
+    params(folder, data__name="mine", data__folder="/x", **changes)
+    raw = folder / "data/mine/raw"
+    raw.mkdir(parents=True)
+    for prefix in (TRAIN, TEST):
+        for kind, shape in (("images-idx3", (10, 20, 20)), ("labels-idx1", (10,))):
+            (raw / f"{prefix}-{kind}-ubyte").write_bytes(idx_header(shape) + bytes(math.prod(shape)))
+    (raw / "classes.txt").touch()
+
+
+def no_such_classes(folder: Path) -> None:
+    other_images(folder, sample__classes=[12])
+
+
+def no_folder(folder: Path) -> None:
+    params(folder, data__folder="/nope")
+
+
+def uneven_size(folder: Path) -> None:
+    other_images(folder)
+    params(
+        folder, train__model={"patch_size": 2, "channels": [8, 8, 8], "blocks": 1, "attention": [], "heads": 4, "dropout": 0.0}
+    )
+
+
 def no_cuda(folder: Path) -> None:
     params(folder, runtime__device="cuda")
 
@@ -130,11 +160,6 @@ def damaged_samples(folder: Path) -> None:
     (folder / SAMPLES).write_bytes((folder / SAMPLES).read_bytes()[:200])
 
 
-def another_classifier(folder: Path) -> None:
-    card = folder / "models/classifier.json"
-    card.write_text(json.dumps({**json.loads(card.read_text()), "sha256": "0" * 64}))
-
-
 CASES = [
     ("train", no_params, "params.yaml: there is no such file here; run from the repository's root"),
     ("download", number_as_text, "params.yaml: train.learning_rate: YAML reads '2e-4' as text; write it as 0.0002"),
@@ -151,6 +176,13 @@ CASES = [
         "runtime.device: 'cuda', but PyTorch sees no CUDA device here; use auto or cpu",
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA"),
     ),
+    ("download", no_folder, "data.folder: /nope: there is no such folder"),
+    ("train", no_such_classes, "params.yaml: sample.classes: [12], but mine has no classes; use all or none"),
+    (
+        "train",
+        uneven_size,
+        "params.yaml: train.model.channels: 3 levels would halve 10×10 pixels unevenly; use fewer, or set data.size to 16 or 24",
+    ),
     ("sample", no_data, f"{MODEL}: there is no such file; `dvc repro train` makes it"),
     ("sample", cut_model, f"{MODEL}: corrupt, or not a plain weights file; {REMEDY}"),
     ("sample", model_with_code, f"{MODEL}: corrupt, or not a plain weights file; {REMEDY}"),
@@ -158,11 +190,6 @@ CASES = [
     ("sample", model_of_few_timesteps, f"params.yaml: sample.steps: 6, but {MODEL} has 5 timesteps; use at most as many"),
     ("evaluate", no_samples, f"{SAMPLES}: there is no such file; `dvc repro sample` makes it"),
     ("evaluate", damaged_samples, f"{SAMPLES}: corrupt, or without images and labels; `dvc repro sample` draws them again"),
-    (
-        "evaluate",
-        another_classifier,
-        "models/classifier.pth: not the classifier that classifier.json describes (SHA-256 differs); FIDs would not compare",
-    ),
 ]
 
 
@@ -173,6 +200,19 @@ def test_one_line_status_1_and_nothing_written(folder: Path, stage: str, arrange
     done = run(folder, stage)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {line}\n")
     assert sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts) == before
+
+
+def test_another_classifier_is_refused(folder: Path, fashion_mnist: Path) -> None:
+    (folder / RAW.parent).mkdir(parents=True)
+    (folder / RAW).symlink_to(fashion_mnist)
+    (folder / "output").mkdir()
+    np.savez_compressed(folder / SAMPLES, images=np.zeros((10, 28, 28), np.uint8), labels=np.arange(10))
+    card = folder / "models/classifier.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "sha256": "0" * 64}))
+    done = run(folder, "evaluate")
+    line = "models/classifier.pth: not the classifier that classifier.json describes (SHA-256 differs); FIDs would not compare"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {line}\n")
+    assert [path.name for path in (folder / "output").iterdir()] == [SAMPLES.name]
 
 
 def test_an_output_folder_that_can_not_be_written(folder: Path) -> None:
@@ -190,3 +230,28 @@ def test_an_output_folder_that_can_not_be_written(folder: Path) -> None:
     assert sorted(path.name for path in (folder / "output").iterdir()) == [
         "denoising.gif", "denoising.png", "generated_samples.png", "samples.npz",
     ]  # fmt: skip
+
+
+def test_a_training_that_may_not_fit_into_memory_is_warned_of_and_begins(folder: Path) -> None:
+    other_images(folder, train__batch_size=60_000, train__steps=1, train__warmup_steps=0)
+    process = subprocess.Popen(
+        ["python", "src/train.py"],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        line, text = process.stderr.readline(), ""
+        while "train:" not in text and process.poll() is None:  # its progress bar
+            text += process.stderr.read(1)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert re.fullmatch(
+        r"warning: training may take [\d.]+ GiB of memory; [\d.]+ are free: lower train\.batch_size or data\.size, "
+        r"or raise runtime\.accumulate\n",
+        line,
+    )
+    assert "train:" in text

@@ -6,8 +6,10 @@ import os
 import random
 import re
 import signal
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,11 +78,14 @@ def test_a_steps_draws_depend_on_seed_and_step_and_are_stratified(seed, step, ba
     p = params(seed=seed, batch_size=batch, diffusion__timesteps=timesteps)
     torch.manual_seed(1)
     diffusion = Diffusion(**p.diffusion.model_dump())
-    indices, t, eps, dropped = draw(p, step, 500, SHAPE, diffusion)
+    indices, t, eps, dropped, mirrored = draw(p, step, 500, SHAPE, diffusion)
     state = torch.get_rng_state()
     torch.manual_seed(2)
     again = draw(p, step, 500, SHAPE, diffusion)
-    assert all(torch.equal(a, b) for a, b in zip((indices, t, eps, dropped), again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((indices, t, eps, dropped, mirrored), again, strict=True))
+    assert not mirrored.any()
+    with_mirrors = draw(p, step, 500, SHAPE, diffusion, mirror=True)
+    assert all(torch.equal(a, b) for a, b in zip((indices, t, eps, dropped), with_mirrors[:4], strict=True))
     assert torch.equal(state, torch.manual_seed(1).get_state())  # it takes nothing from the global generator
 
     assert indices.shape == t.shape == dropped.shape == (batch,) and eps.shape == (batch, 1, 28, 28)
@@ -92,6 +97,27 @@ def test_a_steps_draws_depend_on_seed_and_step_and_are_stratified(seed, step, ba
         assert share[timestep] > i / batch - 1e-6 and below[timestep] < (i + 1) / batch + 1e-6
     assert not torch.equal(eps, draw(p, step + 1, 500, SHAPE, diffusion)[2])
     assert not torch.equal(eps, draw(params(seed=(seed + 1) % 2**32, batch_size=batch), step, 500, SHAPE, diffusion)[2])
+
+
+def test_half_of_the_images_are_mirrored_where_the_data_set_allows_it():
+    """Every image is black on its left and white on its right; the network is shown what it would be shown in training."""
+    images = torch.zeros(40, 28, 28, dtype=torch.uint8)
+    images[:, :, 14:] = 255
+    data = replace(DATA, images=images, labels=torch.zeros(40, dtype=torch.int64), mirror=True)
+    p = params(batch_size=400)
+    diffusion = Diffusion(**p.diffusion.model_dump())
+    shown = []
+    training_step = step.TrainStep(p, data, diffusion, state_module.TrainingState.initial(p, data, CPU), Execution(CPU))
+    training_step.diffusion = SimpleNamespace(
+        q_sample=lambda x0, t, eps: shown.append(x0) or diffusion.q_sample(x0, t, eps),
+        squared_error=diffusion.squared_error,
+        mean_weight=diffusion.mean_weight,
+    )
+    drawn = draw(p, 0, 40, SHAPE, diffusion, mirror=True)
+    training_step(0, drawn)
+    left = shown[0][:, 0, :, :14].mean((1, 2))
+    assert torch.equal(left, torch.where(drawn.mirrored, 1.0, -1.0))
+    assert 150 < drawn.mirrored.sum() < 250
 
 
 def test_muon_has_the_matrices_inside_the_blocks_and_adamw_the_rest():
@@ -110,12 +136,12 @@ def test_images_are_drawn_uniformly_and_timesteps_as_their_weights(gamma):
     p = params(batch_size=10, diffusion__timesteps=20, diffusion__min_snr_gamma=gamma)
     diffusion = Diffusion(**p.diffusion.model_dump())
     draws = [draw(p, step, 50, SHAPE, diffusion) for step in range(4000)]
-    timesteps = torch.cat([t for _, t, _, _ in draws]).bincount(minlength=20)
+    timesteps = torch.cat([t for _, t, *_ in draws]).bincount(minlength=20)
     weights = diffusion.weight / diffusion.weight.sum()
     assert (timesteps / 40_000).tolist() == pytest.approx(weights.tolist(), rel=0.05, abs=2e-3)
-    images = torch.cat([indices for indices, _, _, _ in draws]).bincount(minlength=50)
+    images = torch.cat([indices for indices, *_ in draws]).bincount(minlength=50)
     assert (images / 40_000).tolist() == pytest.approx([1 / 50] * 50, rel=0.15)
-    eps = torch.cat([eps for _, _, eps, _ in draws[:100]])
+    eps = torch.cat([eps for _, _, eps, *_ in draws[:100]])
     assert eps.mean().item() == pytest.approx(0, abs=0.01)
     assert eps.std().item() == pytest.approx(1, abs=0.01)
 
@@ -316,7 +342,7 @@ def test_an_infinite_loss_is_neither_saved_nor_logged(tmp_path, optimizer):
     diffusion = Diffusion(**p.diffusion.model_dump())
 
     def meets(step: int) -> bool:
-        batch, _, _, dropped = draw(p, step, len(DATA.images), SHAPE, diffusion)
+        batch, _, _, dropped, _ = draw(p, step, len(DATA.images), SHAPE, diffusion)
         return bool(((DATA.labels[batch] == label) & ~dropped).any())
 
     bad = next(step for step in range(start, p.steps) if meets(step))

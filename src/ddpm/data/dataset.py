@@ -6,7 +6,7 @@ square, of one size, and grey or in colour. They are read from their file when t
 there is memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -31,6 +31,7 @@ class Dataset:
     test_images: Tensor
     test_labels: Tensor
     classes: tuple[str, ...] = CLASSES  # names; none if there are no classes
+    mirror: bool = False  # training shows every image mirrored half of the time
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -40,7 +41,13 @@ class Dataset:
     def subsample(self, count: int) -> Self:
         """Every n-th image, so that there are at most `count` for training and at most `count` for testing."""
         train, test = (slice(None, None, -(-len(x) // count)) for x in (self.images, self.test_images))
-        return type(self)(self.images[train], self.labels[train], self.test_images[test], self.test_labels[test], self.classes)
+        return replace(
+            self,
+            images=self.images[train],
+            labels=self.labels[train],
+            test_images=self.test_images[test],
+            test_labels=self.test_labels[test],
+        )
 
     def to(self, device: torch.device) -> Self:
         """The data set on `device`. If it takes over half of a CUDA device's free memory it stays where it is."""
@@ -48,7 +55,7 @@ class Dataset:
         if device.type == "cuda" and 2 * sum(x.nbytes for x in tensors) > torch.cuda.mem_get_info(device)[0]:
             return self
         images, labels, test_images, test_labels = (x.to(device) for x in tensors)
-        return type(self)(images, labels, test_images, test_labels, self.classes)
+        return replace(self, images=images, labels=labels, test_images=test_images, test_labels=test_labels)
 
 
 def load_dataset(name: str) -> Dataset:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import torch
 
 from ddpm.errors import UserError
@@ -56,6 +57,11 @@ def can_compile(device: torch.device) -> bool:
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's scheme for its headers
     headers = Path(sysconfig.get_path("include", scheme), "Python.h")
     return device.type == "cuda" and find_spec("triton") is not None and compiler is not None and headers.exists()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a program could still take on the device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Pictures of samples: the grid, noise becoming garments step by step, and the same as an animation."""
+"""Pictures of samples: the grid, images emerging from noise step by step, and the same as an animation."""
 
 from collections.abc import Sequence
 

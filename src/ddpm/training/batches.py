@@ -20,9 +20,10 @@ class Draw(NamedTuple):
     t: Tensor  # int64 [B], timesteps
     eps: Tensor  # float [B, C, H, W], noise
     dropped: Tensor  # bool [B], images shown without their class
+    mirrored: Tensor  # bool [B], images shown mirrored
 
 
-def draw(p: TrainParams, step: int, images: int, shape: tuple[int, int, int], diffusion: Diffusion) -> Draw:
+def draw(p: TrainParams, step: int, images: int, shape: tuple[int, int, int], diffusion: Diffusion, mirror: bool = False) -> Draw:
     """The draw of training step `step` from `images` images, on the CPU. It depends on (p.seed, step) alone.
 
     Two things make the loss less noisy without changing its mean. Timesteps are drawn as often as the loss weights them,
@@ -35,7 +36,8 @@ def draw(p: TrainParams, step: int, images: int, shape: tuple[int, int, int], di
     t = diffusion.timesteps_at(strata)
     eps = torch.randn(p.batch_size, *shape, generator=g)
     dropped = torch.rand(p.batch_size, generator=g) < p.label_dropout
-    return Draw(indices, t, eps, dropped)
+    mirrored = (torch.rand(p.batch_size, generator=g) < 0.5) & mirror
+    return Draw(indices, t, eps, dropped, mirrored)
 
 
 class Batches:
@@ -60,12 +62,12 @@ class Batches:
         """Indices where the images are, everything else on the device of the model."""
         drawn, self.step = self.upcoming.result(), self.step + 1
         self.upcoming = self.thread.submit(self._draw, self.step)
-        places = (self.data.images.device, self.device, self.device, self.device)
+        places = (self.data.images.device, *4 * [self.device])
         on_cuda = self.device.type == "cuda"
         return Draw(*(x.to(place, non_blocking=on_cuda) for x, place in zip(drawn, places, strict=True)))
 
     def _draw(self, step: int) -> Draw:
-        drawn = draw(self.p, step, len(self.data.images), self.data.image_shape, self.diffusion)
+        drawn = draw(self.p, step, len(self.data.images), self.data.image_shape, self.diffusion, self.data.mirror)
         shares = [self.group.shard(x) for x in drawn]
         on_cuda = self.device.type == "cuda"
         return Draw(*(x.pin_memory() if on_cuda else x for x in shares))  # pinned: the copy doesn't wait for the device

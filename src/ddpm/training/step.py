@@ -79,6 +79,8 @@ class TrainStep:
         """The share's part of the batch's mean loss, times the number of ranks, over which gradients are averaged."""
         with self.autocast:
             x0 = to_model_range(self.data.images[drawn.indices].to(self.device))
+            if self.data.mirror:
+                x0 = torch.where(drawn.mirrored[:, None, None, None], x0.flip(3), x0)
             labels = self.data.labels[drawn.indices].to(self.device)
             labels = labels.masked_fill(drawn.dropped, self.state.model.null_class)
             mean = batch_loss(self.network, self.diffusion, x0, labels, drawn.t, drawn.eps)

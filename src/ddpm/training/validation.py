@@ -13,6 +13,7 @@ from ddpm.params import TrainParams
 
 VALIDATION_IMAGES = 1000
 VALIDATION_SEED = 0  # the same noise in every run, whatever its seed, so that runs compare
+PIXELS_AT_ONCE = 250 * 64**2  # of test images in the network
 QUARTERS = 4  # of the timesteps, for the validation loss
 PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_STEPS = 4, 10, 20
 
@@ -27,7 +28,7 @@ def validate(p: TrainParams, model: UNet, diffusion: Diffusion, data: Dataset) -
     t = t[torch.randperm(n, generator=g)]  # so that an image's timestep doesn't depend on its place in the test set
     unlabelled = p.label_dropout == 1
     losses = []
-    for rows in torch.arange(n).split(250):
+    for rows in torch.arange(n).split(max(1, min(250, PIXELS_AT_ONCE // data.image_shape[1] ** 2))):
         x0, times = to_model_range(data.test_images[rows].to(device)), t[rows].to(device)
         labels = data.test_labels[rows].to(device)
         labels = torch.full_like(labels, model.null_class) if unlabelled else labels
