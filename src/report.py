@@ -45,7 +45,7 @@ METRICS: dict[str, tuple[str, bool | None]] = {  # what it means, and whether lo
 }
 PICTURES = {
     GRID.as_posix(): "Samples, one row per class",
-    ANIMATION.as_posix(): "Noise becoming garments",
+    ANIMATION.as_posix(): "How samples emerge from noise",
     STRIP.as_posix(): "The same, step by step",
     NEIGHBOURS.as_posix(): "The samples closest to a training image, next to it",
 }

@@ -1,4 +1,4 @@
-"""`make serve`: a small HTTP server that draws garments with MLflow's champion.
+"""`make serve`: a small HTTP server that draws images with MLflow's champion.
 
 Without a champion it takes the model in the workspace, and in a fresh clone the one that comes with the repository.
 
@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 
 from ddpm.errors import Stopped, UserError
 from ddpm.figures import png, sheet
-from ddpm.params import Params, SampleParams
+from ddpm.params import FASHION_MNIST, Params, SampleParams
 from ddpm.params_file import explain, load_params
 from ddpm.paths import MODEL, PRETRAINED, project_root
 from ddpm.runtime.cli import between, clean_errors
@@ -57,6 +57,8 @@ def chosen(file: Path | None, params: Params) -> tuple[str, Path, SampleParams]:
     """The model to serve: its name, its checkpoint, and the sampling parameters that requests may omit."""
     if file is None and (registered := champion(project_root(), params.data.name)):
         return registered
+    if file is None and not MODEL.exists() and params.data.name != FASHION_MNIST:
+        raise UserError(f"there is no model of {params.data.name} yet; `dvc repro` trains one")
     checkpoint = file or (MODEL if MODEL.exists() else PRETRAINED)
     return str(checkpoint), checkpoint, pretrained_sampling() if checkpoint == PRETRAINED else params.sample
 
@@ -75,7 +77,7 @@ class Server(uvicorn.Server):
 
 def application(pipeline: Pipeline, sampling: SampleParams, name: str) -> FastAPI:
     """The addresses that the server answers. A request that can't be answered gets one line as `error`, with status 422."""
-    app = FastAPI(title="Garments", docs_url=None, redoc_url=None)  # these pages load scripts from a CDN
+    app = FastAPI(title=name, docs_url=None, redoc_url=None)  # these pages load scripts from a CDN
 
     @app.get("/")
     def about() -> dict:

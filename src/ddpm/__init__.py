@@ -1,4 +1,4 @@
-"""The library that the scripts in src/ call: a diffusion model of Fashion-MNIST, its training, sampling and evaluation.
+"""The library that the scripts in src/ call: a diffusion model of images, its training, sampling and evaluation.
 
 Each folder has its own docstring, which says what to read first. Imports go in one direction, from left to right:
 

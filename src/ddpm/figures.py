@@ -4,13 +4,13 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ddpm.files import write_atomic
 
-ZOOM = 2  # each pixel of an image becomes ZOOM × ZOOM pixels
+ZOOM, SMALL = 2, 48  # in images of at most SMALL pixels along a side, each pixel becomes ZOOM × ZOOM pixels
+LARGE = 128  # pixels along a side; larger images are shown in this size
 GAP = 2  # pixels between images
 FONT_SIZE = 13
 PAPER, INK = 255, 40  # grey levels of the background and of the text
@@ -19,7 +19,8 @@ PAPER, INK = 255, 40  # grey levels of the background and of the text
 def sheet(images: Tensor, columns: int, row_names: Sequence[str] = ()) -> Image.Image:
     """Images uint8 [N, H, H] or [N, H, H, 3], `columns` in a row. `row_names`, if given, are written to the left of the rows."""
     pixels = images.numpy()
-    size = pixels.shape[1] * ZOOM + GAP
+    side = pixels.shape[1] * ZOOM if pixels.shape[1] <= SMALL else min(pixels.shape[1], LARGE)
+    size = side + GAP
     font = ImageFont.load_default(FONT_SIZE)
     left = max((int(font.getlength(name)) for name in row_names), default=0) + (8 if row_names else 0)
     rows = -(-len(pixels) // columns)
@@ -28,7 +29,8 @@ def sheet(images: Tensor, columns: int, row_names: Sequence[str] = ()) -> Image.
     draw, ink = ImageDraw.Draw(canvas), INK if pixels.ndim == 3 else (INK,) * 3
     for i, image in enumerate(pixels):
         row, column = divmod(i, columns)
-        tile = Image.fromarray(np.repeat(np.repeat(image, ZOOM, 0), ZOOM, 1))
+        how = Image.Resampling.NEAREST if side > pixels.shape[1] else Image.Resampling.LANCZOS
+        tile = Image.fromarray(image).resize((side, side), how)
         canvas.paste(tile, (left + GAP + column * size, GAP + row * size))
     for row, name in enumerate(row_names):
         draw.text((left - 6, row * size + size // 2), name, fill=ink, font=font, anchor="rm")

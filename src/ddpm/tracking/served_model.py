@@ -16,7 +16,7 @@ from ddpm.sampling.pipeline import Pipeline
 from ddpm.serving.requests import Request, encoded, respond
 
 
-class GarmentGenerator(PythonModel):
+class ImageGenerator(PythonModel):
     """Answers each request with images: PNG in base64, and the class of each."""
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -30,4 +30,4 @@ class GarmentGenerator(PythonModel):
             raise MlflowException.invalid_parameter_value(str(error)) from None
 
 
-set_model(GarmentGenerator())
+set_model(ImageGenerator())
