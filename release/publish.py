@@ -32,7 +32,6 @@ import classes  # noqa: E402
 import run as bench  # noqa: E402
 from ddpm import paths  # noqa: E402
 from ddpm.checkpoint import load_checkpoint  # noqa: E402
-from ddpm.data.samples_file import Samples, write_samples  # noqa: E402
 from ddpm.errors import UserError  # noqa: E402
 from ddpm.files import file_sha256, write_atomic  # noqa: E402
 from ddpm.params_file import merge  # noqa: E402
@@ -40,7 +39,7 @@ from ddpm.paths import MODEL  # noqa: E402
 from ddpm.runtime.cli import between, clean_errors  # noqa: E402
 from ddpm.runtime.run_folder import fingerprint  # noqa: E402
 from ddpm.tensor_files import serialise  # noqa: E402
-from measure import RESULTS, first_samples, keep, kept, machine, own_environment  # noqa: E402
+from measure import RESULTS, keep, kept, machine, own_environment  # noqa: E402
 from models import table_of_metrics  # noqa: E402
 
 COPIED = ("src", "bench", "release", "presets", "models", "docs", "README.md", "params.yaml")
@@ -118,15 +117,14 @@ class Work:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def evaluated(self, name: str, count: int) -> dict[str, float]:
-        """The metrics of `count` samples of the current model; samples that are already drawn are used if they are enough."""
+        """The metrics of `count` samples of the current model."""
         path = self.root / f"{name}.json"
         if not path.exists():
             self.write_params(count=count)
-            if not self.keep_first(count):
-                self.step(f"{name}: sample", "src/sample.py")
+            self.step(f"{name}: sample", "src/sample.py")
             self.step(f"{name}: evaluate", "src/evaluate.py")
             shutil.copy(self.root / paths.EVALUATION_METRICS, path)
-        return json.loads(path.read_text())
+        return {metric: value for metric, value in json.loads(path.read_text()).items() if not isinstance(value, str)}
 
     def measure(self, part: str) -> None:
         self.step(f"bench: {part}", "bench/run.py", "--full", part)
@@ -136,17 +134,6 @@ class Work:
         measured = [part for part in (SWEEP, *PARTS) if f"bench: {part}" in self.done]
         paths = [RESULTS / f"{part}.json" for part in measured] + ([classes.PICTURE] if "classes" in measured else [])
         return [self.root / path.relative_to(ROOT) for path in paths]
-
-    def keep_first(self, count: int) -> bool:
-        """Keep the first `count` samples, and not draw them again; False if there are fewer, or if they are another model's.
-
-        Image i is the same whatever the number of images is.
-        """
-        path, model = self.root / "output/samples.npz", self.root / MODEL
-        if (first := first_samples(path, model, count)) is None:
-            return False
-        write_samples(path, Samples(*first, file_sha256(model)))
-        return True
 
 
 def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
@@ -172,7 +159,6 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
         content["weights"] = {name: w.half() if w.is_floating_point() else w for name, w in content["weights"].items()}
         write_atomic(model, serialise(content))
         work.finished("half")
-    many = work.evaluated("five times as many", 5 * count)
     metrics = work.evaluated("in half precision", count)  # last, because its samples and pictures are published
     card = {
         "preset": preset or "default",
@@ -188,7 +174,6 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
         "samples": count,
         "metrics": metrics | json.loads((work.root / paths.TRAIN_METRICS).read_text()),
         "metrics_as_trained": as_trained,
-        "metrics_of_five_times_as_many_samples": many,
         "curves": {split: curve(work.root / f"output/plots/{split}.tsv") for split in ("train", "validation")},
         "params": work.settings,
     }
