@@ -1,7 +1,9 @@
 """What dvc.yaml and dvc.lock say of the pipeline, against the code, params.yaml and the files in the tree."""
 
+import functools
 import hashlib
 import json
+import operator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -10,10 +12,14 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
-PIPELINE = (ROOT / "dvc.yaml").read_text().replace("${evaluate.classifier}", PARAMS["evaluate"]["classifier"])
-PIPELINE = PIPELINE.replace("${data.name}", PARAMS["data"]["name"])
+PIPELINE = (ROOT / "dvc.yaml").read_text().replace("${data.name}", PARAMS["data"]["name"])
 STAGES = yaml.safe_load(PIPELINE)["stages"]
-OWN_SECTION = {"download": "data", "train": "train", "sample": "sample", "evaluate": "evaluate"}
+READ = {  # the parameters that a stage reads
+    "download": ["data.name", "data.folder", "data.size"],
+    "train": ["train", "data.mirror"],
+    "sample": ["sample"],
+    "evaluate": ["evaluate"],
+}
 
 
 def outputs(stage: dict) -> dict[str, bool]:
@@ -30,14 +36,24 @@ KEPT_BY_DVC = {path for stage in STAGES.values() for path, cached in outputs(sta
 
 
 def test_the_stages_are_these_and_run_their_scripts():
-    assert {name: stage["cmd"] for name, stage in STAGES.items()} == {name: f"python src/{name}.py" for name in OWN_SECTION}
+    assert {name: stage["cmd"] for name, stage in STAGES.items()} == {name: f"python src/{name}.py" for name in READ}
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_depends_on_its_own_section_of_the_params(stage):
-    section = OWN_SECTION[stage]
-    assert STAGES[stage].get("params", []) == ([section] if section else [])
-    assert section is None or section in PARAMS
+def test_a_stage_depends_on_the_params_that_it_reads(stage):
+    assert STAGES[stage]["params"] == READ[stage]
+
+
+def test_every_parameter_but_those_of_runtime_is_read_by_one_stage():
+    read = [key for keys in READ.values() for key in keys]
+    assert len(read) == len(set(read))
+    assert {key.split(".")[0] for key in read} == PARAMS.keys() - {"runtime"}
+    assert {f"data.{key}" for key in PARAMS["data"]} == {key for key in read if key.startswith("data.")}
+
+
+def value(key: str) -> object:
+    """The value in params.yaml of a section or of one of its keys."""
+    return functools.reduce(operator.getitem, key.split("."), PARAMS)
 
 
 def test_what_a_stage_reads_is_an_output_or_a_file_in_git():
@@ -75,8 +91,7 @@ def test_lock_is_of_this_tree(lock, stage):
         path: digest for path, digest in deps.items() if path not in KEPT_BY_DVC
     }
 
-    section = OWN_SECTION[stage]
-    assert locked.get("params", {}) == ({"params.yaml": {section: PARAMS[section]}} if section else {})
+    assert locked["params"] == {"params.yaml": {key: value(key) for key in READ[stage]}}
 
     outs = {out["path"]: out["md5"] for out in locked["outs"]}
     cached = outputs(declared)
