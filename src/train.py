@@ -86,8 +86,8 @@ def check(params: Params, data: Dataset) -> None:
     except ValueError as error:
         raise UserError(f"params.yaml: {error}") from None
     evaluator = params.evaluate.classifier
-    if evaluator != "auto" and not Path(evaluator).is_file():
-        raise UserError(f"params.yaml: evaluate.classifier: {evaluator}: there is no such file; use auto")
+    if evaluator != "auto" and not (Path(evaluator).is_file() and Path(evaluator).with_suffix(".json").is_file()):
+        raise UserError(f"params.yaml: evaluate.classifier: {evaluator}, or its card, a .json file, is missing; use auto")
 
 
 def warn_of_memory(params: Params, data: Dataset, device: torch.device) -> None:

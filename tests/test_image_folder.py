@@ -218,8 +218,9 @@ def test_images_are_known_by_their_content(workspace, name):
 def test_files_that_pillow_knows_but_can_not_decode_are_left_out(workspace):
     save(folder := workspace / "all", 70)
     (folder / "labels.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    Image.new("L", (8, 8)).save(folder / "photo.NEF", "TIFF")  # raw files of cameras begin like this, with a small preview
     (folder / "clip.mpg").write_bytes(bytes.fromhex("000001b3140 0f0".replace(" ", "")) + bytes(100))
-    assert take(folder).notes[1:] == ["left out: 2 files that can't be opened as images (clip.mpg, labels.h5)"]
+    assert take(folder).notes[1:] == ["left out: 3 files that can't be opened as images (clip.mpg, labels.h5, photo.NEF)"]
 
 
 def test_linked_classes_and_images_are_taken(workspace):

@@ -19,6 +19,7 @@ from ddpm.sources.raw_files import Taken, resized, write_images, write_labels
 
 KEPT_SIZES = range(8, 257)  # pixels along a side that stay, if all images are square and equal
 AUTO_SIZES = (64, 32)  # pixels along a side for all others
+CAMERA_RAW = {".arw", ".cr2", ".dng", ".nef", ".orf", ".pef", ".rw2", ".srw"}  # Pillow would take the small preview inside
 BACKGROUND = "white"  # seen through transparent pixels
 NAMED = 5  # files that were left out, in one line
 TOLD = 20  # files that can't be read
@@ -83,6 +84,9 @@ def look_into(folder: Path) -> Found:
     found = Found()
     suffixes = Image.registered_extensions()
     for path in tqdm([*files_below(folder)], unit="file", desc=f"{folder.name}: sizes", dynamic_ncols=True, leave=False):
+        if path.suffix.lower() in CAMERA_RAW:
+            found.others.append(path)
+            continue
         try:
             with Image.open(path) as image:
                 if isinstance(image, ImageFile.StubImageFile) or image.format == "MPEG":  # Pillow knows it, but can't decode it
