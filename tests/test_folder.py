@@ -188,6 +188,15 @@ def test_mnist_s_format_can_be_scaled(workspace):
     assert np.corrcoef(data.images.numpy().ravel(), halved.ravel())[0, 1] > 0.9
 
 
+@pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b + b"\0"])
+def test_a_file_of_another_length_is_told_when_it_is_scaled_too(workspace, change):
+    mnist(folder := workspace / "given", packed=False)
+    path = folder / "train-images-idx3-ubyte"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte: corrupt: shorter or longer than its header says$"):
+        take_folder(folder, Path("data/mine/raw"), 14)
+
+
 def test_a_single_label_is_no_class(workspace):
     mnist(folder := workspace / "given", packed=False)
     for prefix, count in (("train", 60), ("t10k", 12)):

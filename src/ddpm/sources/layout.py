@@ -7,13 +7,14 @@ from pathlib import Path
 
 from ddpm.data.idx import TEST, TRAIN
 from ddpm.errors import UserError
-from ddpm.sources.raw_files import MIN_IMAGES, PURPOSE
+from ddpm.sources.raw_files import MIN_IMAGES
 
 SYSTEM = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}  # what Windows, macOS and network drives leave in folders
 SPLITS = {
     **dict.fromkeys(("train", "training"), TRAIN),
     **dict.fromkeys(("test", "testing", "val", "valid", "validation"), TEST),
 }
+PURPOSE = {TRAIN: "training", TEST: "testing"}
 HOLD_OUT = 7  # one in seven images is held out if the folder isn't split: Fashion-MNIST's share
 MAX_CLASSES = 256  # labels are bytes
 MOST_FOLDERS = 5  # named in a message
@@ -60,21 +61,21 @@ def understand(folder: Path, images: Sequence[Path]) -> Layout:
     """
     placed = _without_common_folder([(image, _names(folder, image)) for image in images], SPLITS)
     tops = sorted({names[0] for _, names in placed if len(names) > 1})
-    parts = [top for top in tops if top.casefold() in SPLITS]
+    side_of = {top: SPLITS[top.casefold()] for top in tops if top.casefold() in SPLITS}
+    others = [top for top in tops if top not in side_of]
     sides = {TRAIN: placed}
     held_out = ""
-    if parts and parts != tops and len({SPLITS[part.casefold()] for part in parts}) == 2:
-        others = _listed(top for top in tops if top not in parts)
-        raise UserError(f"{folder}: has {_listed(parts)} and also {others}; keep either the parts of a split or classes")
-    if parts and parts == tops:
+    if others and len(set(side_of.values())) == 2:
+        raise UserError(
+            f"{folder}: has {_listed(side_of)} and also {_listed(others)}; keep either the parts of a split or classes"
+        )
+    if side_of and not others:
         _refuse_loose(placed)
-        sides = {
-            side: [(image, names) for image, names in placed if SPLITS[names[0].casefold()] == side] for side in (TRAIN, TEST)
-        }
+        sides = {side: [(image, names) for image, names in placed if side_of[names[0]] == side] for side in (TRAIN, TEST)}
         if not sides[TRAIN]:
             raise UserError(f"{folder}: has {_listed(tops)}, but no folder called train")
         if sides[TEST]:
-            held_out = f"those in {_listed(top for top in tops if SPLITS[top.casefold()] == TEST)}"
+            held_out = f"those in {_listed(top for top in tops if side_of[top] == TEST)}"
         placed = [(image, names[1:]) for image, names in placed]
     placed = _without_common_folder(placed, ())
     classes = sorted({names[0] for _, names in placed if len(names) > 1})

@@ -3,19 +3,16 @@
 import gzip
 import math
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ddpm.data.idx import TEST, TRAIN, read_header
 from ddpm.errors import UserError
-from ddpm.sources.raw_files import MIN_IMAGES, Taken, resized, write_images, write_labels
-
-CHUNK = 1 << 20  # bytes
+from ddpm.sources.raw_files import MIN_IMAGES, Taken, write_images, write_labels
 
 
 def take_mnist_files(folder: Path, raw: Path, size: int | None) -> Taken:
@@ -43,7 +40,7 @@ def take_mnist_files(folder: Path, raw: Path, size: int | None) -> Taken:
 def _read_labels(folder: Path, prefix: str) -> np.ndarray:
     """uint8 [N]"""
     with _open_idx(folder, prefix, "labels") as (path, file, shape):
-        labels = np.frombuffer(b"".join(_chunks(path, file)), np.uint8)
+        labels = np.frombuffer(file.read(), np.uint8)
         if len(shape) != 1 or len(labels) != shape[0]:
             raise UserError(f"{path}: corrupt, or not a list of labels")
     return labels
@@ -58,18 +55,7 @@ def _copy_images(folder: Path, prefix: str, count: int, raw: Path, size: int | N
             raise UserError(f"{path}: {shape[0]} images, but there are {count} labels")
         if count < MIN_IMAGES:
             raise UserError(f"{path}: {count} images are too few; at least {MIN_IMAGES} are needed")
-        if size is None or size == shape[1]:
-            write_images(raw, prefix, count, shape[1:], _of_length(math.prod(shape), path, _chunks(path, file)))
-            return shape[1:]
-        images = _of_length(math.prod(shape), path, _chunks(path, file, math.prod(shape[1:])))
-        scaled_shape = (size, size, *shape[3:])
-        write_images(raw, prefix, count, scaled_shape, (scale(image, shape[1:], size) for image in images))
-        return scaled_shape
-
-
-def scale(content: bytes, shape: tuple[int, ...], side: int) -> bytes:
-    """The pixels of one image of this shape, scaled to `side` pixels along a side."""
-    return resized(Image.fromarray(np.frombuffer(content, np.uint8).reshape(shape)), side).tobytes()
+        return write_images(raw, prefix, count, shape[1:], _images(path, file, count, math.prod(shape[1:])), size)
 
 
 @contextmanager
@@ -86,22 +72,17 @@ def _open_idx(folder: Path, prefix: str, kind: str) -> Iterator[tuple[Path, Buff
         yield path, file, shape
 
 
-def _chunks(path: Path, file: BufferedIOBase, size: int = CHUNK) -> Iterator[bytes]:
+def _images(path: Path, file: BufferedIOBase, count: int, size: int) -> Iterator[bytes]:
+    """The `count` images, of `size` bytes each, that a file should have. Raises UserError if it has more or less."""
+    corrupt = UserError(f"{path}: corrupt: shorter or longer than its header says")
     with _reading(path):
-        while chunk := file.read(size):
-            yield chunk
-
-
-def _of_length(expected: int, path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The chunks. Raises UserError if they have more or fewer bytes than `expected`."""
-    total = 0
-    for chunk in chunks:
-        total += len(chunk)
-        if total > expected:
-            break
-        yield chunk
-    if total != expected:
-        raise UserError(f"{path}: corrupt: shorter or longer than its header says")
+        for _ in range(count):
+            image = file.read(size)
+            if len(image) < size:
+                raise corrupt
+            yield image
+        if file.read(1):
+            raise corrupt
 
 
 @contextmanager

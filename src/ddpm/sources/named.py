@@ -12,7 +12,6 @@ import numpy as np
 from ddpm.data.idx import TEST, TRAIN
 from ddpm.errors import UserError
 from ddpm.files import file_md5, write_atomic
-from ddpm.sources.mnist_files import scale
 from ddpm.sources.raw_files import Taken, completed, write_images, write_labels
 
 TIMEOUT = 30  # seconds without an answer; torchvision itself would wait for ever
@@ -38,10 +37,7 @@ def take_named(name: str, raw: Path, cache: Path, folder: Path | None, size: int
 def _write(name: str, sets: dict[str, Split], raw: Path, size: int | None) -> Taken:
     shape: tuple[int, ...] = ()
     for prefix, (images, labels, _) in sets.items():
-        contents, shape = (image.tobytes() for image in images), images.shape[1:]
-        if size is not None and size != shape[0]:
-            contents, shape = (scale(image.tobytes(), images.shape[1:], size) for image in images), (size, size, *shape[2:])
-        write_images(raw, prefix, len(images), shape, contents)
+        shape = write_images(raw, prefix, len(images), images.shape[1:], (image.tobytes() for image in images), size)
         write_labels(raw, prefix, labels)
     train, test = sets[TRAIN], sets[TEST]
     scaled = [] if shape == train.images.shape[1:] else [f"scaled from {train.images.shape[1]}×{train.images.shape[1]} pixels"]

@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from ddpm.data.dataset import CLASSES_FILE
-from ddpm.data.idx import TEST, TRAIN, idx_header, idx_name
+from ddpm.data.idx import idx_header, idx_name
 from ddpm.files import atomic, write_atomic
 
 MIN_IMAGES = 10  # for training, and for testing
-PURPOSE = {TRAIN: "training", TEST: "testing"}
 MOST_NAMES = 12  # of classes, in one line
 
 
@@ -46,12 +46,24 @@ def completed(raw: Path, take: Callable[[], Taken]) -> Taken:
     return taken
 
 
-def write_images(raw: Path, prefix: str, count: int, shape: tuple[int, ...], contents: Iterable[bytes]) -> None:
-    """Write `count` images of this shape, one after another or in larger parts, to their file in the folder `raw`."""
+def write_images(
+    raw: Path, prefix: str, count: int, shape: tuple[int, ...], images: Iterable[bytes], side: int | None = None
+) -> tuple[int, ...]:
+    """Write `count` images of this shape to their file in the folder `raw`, scaled to `side` pixels along a side if it is given.
+
+    Returns the shape that they have there.
+    """
+    if side is not None and side != shape[0]:
+        images, shape = map(partial(_scaled, shape, side), images), (side, side, *shape[2:])
     with atomic(raw / idx_name(prefix, "images", (count, *shape))) as out:
         out.write(idx_header((count, *shape)))
-        for content in contents:
-            out.write(content)
+        for image in images:
+            out.write(image)
+    return shape
+
+
+def _scaled(shape: tuple[int, ...], side: int, image: bytes) -> bytes:
+    return resized(Image.fromarray(np.frombuffer(image, np.uint8).reshape(shape)), side).tobytes()
 
 
 def write_labels(raw: Path, prefix: str, labels: np.ndarray) -> None:

@@ -12,7 +12,7 @@ BACKWARD = 1.4  # what a step takes, in terms of what the forward pass keeps: gr
 COPIES = 5  # of the weights: themselves, gradients, their moving average, and the optimiser's two moments
 
 
-def memory_needed(p: TrainParams, data: Dataset, images: int, bytes_per_number: int = 4) -> int:
+def memory_needed(p: TrainParams, data: Dataset, images: int, bytes_per_number: int) -> int:
     """About how many bytes training takes with `images` in the network at once. The data set itself is not included."""
     with torch.device("meta"):  # shapes without numbers, so this takes neither time nor memory
         model = UNet(**architecture(p, data))
