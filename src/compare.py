@@ -24,7 +24,7 @@ from ddpm.tracking.provenance import setting, short_names
 FLOORS = "× floor"  # FID as a multiple of what real images score
 COLUMNS = {  # heading: metric, digits
     "fid": ("fid", 3),
-    "kid": ("kid", 5),
+    "c2st": ("c2st_auc", 3),
     "prec.": ("precision", 3),
     "recall": ("recall", 3),
     "train": ("train_loss", 4),
@@ -32,10 +32,11 @@ COLUMNS = {  # heading: metric, digits
 }
 WIDTH = 100  # characters of the whole table
 COLUMN_WIDTH = 7
-HIDDEN_FIRST = ("kid", "train", "val.", "prec.", "recall", FLOORS)  # on narrower terminals, in this order
+HIDDEN_FIRST = ("train", "val.", "prec.", "recall", "c2st", FLOORS)  # on narrower terminals, in this order
 LEGEND = """\
 ★  the lowest FID among those with the most samples
-× floor  FID divided by the FID of as many real images"""
+× floor  FID divided by the FID of as many real images
+c2st     how well a network tells samples from real images: 0.5 not at all, 1 always"""
 MOST_CHANGES = 3  # changed parameters in a row, and one more if that is the last
 
 

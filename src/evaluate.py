@@ -61,7 +61,7 @@ def main() -> None:
         features = extract_all(evaluator.classifier, samples.images, data, device, cache, group)
         if run is None:
             return ""
-        metrics, picture = judge(samples, data, features)
+        metrics, picture = judge(samples, data, features, device)
         save_png(NEIGHBOURS, picture)
         judged_by = {"evaluator": evaluator.sha256[:HASH_DIGITS], "data": data_sha256[:HASH_DIGITS]}
         write_atomic(EVALUATION_METRICS, (json.dumps(metrics | judged_by, indent=2) + "\n").encode())

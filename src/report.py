@@ -39,6 +39,7 @@ METRICS: dict[str, tuple[str, bool | None]] = {  # what it means, and whether lo
     "density": ("how densely real images surround the samples", False),
     "coverage": ("share of real images with a sample close to them", False),
     "class_accuracy": ("share of samples recognised as the class asked for", False),
+    "c2st_auc": ("how well a network tells samples from test images; 0.5: not at all, 1: always", True),
     "nearest_neighbour_ratio": (NEAREST, None),
     "val_loss": ("validation loss", None),
     "parameters": ("number of the model's weights", None),

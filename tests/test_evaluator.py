@@ -163,7 +163,7 @@ def test_more_samples_than_test_images_are_judged_as_far_as_a_floor_reaches(tmp_
     assert len(samples.images) == len(samples.labels) == len(data.test_images) == 40
     assert torch.equal(samples.images, images[:40])
     network = Classifier().eval()
-    metrics, _ = judge(samples, data, extract_all(network, samples.images, data, CPU, tmp_path, SINGLE_PROCESS))
+    metrics, _ = judge(samples, data, extract_all(network, samples.images, data, CPU, tmp_path, SINGLE_PROCESS), CPU)
     train, test = (extract(network, x, CPU).features for x in (data.images, data.test_images))
     assert metrics["fid_floor"] == pytest.approx(fid(test, train), rel=1e-3)
     assert metrics["fid"] == pytest.approx(fid(extract(network, images[:40], CPU).features, train), rel=1e-3)

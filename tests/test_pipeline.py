@@ -53,10 +53,11 @@ def test_outputs_are_as_promised(smoke_run: Path) -> None:
     evaluation = json.loads((clone / "output/metrics/evaluate.json").read_text())
     assert {
         "fid", "fid_test", "fid_floor", "kid", "kid_floor", "precision", "recall", "density", "coverage",
-        "class_accuracy", "class_accuracy_real", "nearest_neighbour_ratio",
+        "class_accuracy", "class_accuracy_real", "nearest_neighbour_ratio", "c2st_auc", "c2st_accuracy", "c2st_auc_real",
     } <= evaluation.keys()  # fmt: skip
     assert evaluation["fid"] > 10 * evaluation["fid_floor"]  # sixty steps make noise, and the metrics say so
     assert evaluation["class_accuracy_real"] >= 0.93
+    assert evaluation["c2st_auc"] > 0.95 > 0.65 > evaluation["c2st_auc_real"]
 
     for name in ("train", "validation"):
         lines = (clone / f"output/plots/{name}.tsv").read_text().splitlines()

@@ -266,7 +266,7 @@ def test_the_saved_views_show_the_figures(clone: Path, ui: str) -> None:
     """`make ui` prints the address of the first, the trainings with the lowest FID first."""
     trainings = sorted(mlflow_runs(clone, "train"), key=lambda run: run.data.metrics["eval/fid"])
     judged = sorted(mlflow_runs(clone, "evaluate"), key=lambda run: run.data.metrics["eval/fid"])
-    figures = ("eval/fid", "eval/fid_over_floor", "eval/precision", "eval/recall", "eval/class_accuracy")
+    figures = ("eval/fid", "eval/fid_over_floor", "eval/c2st_auc", "eval/precision", "eval/recall", "eval/class_accuracy")
     with browser.chromium() as chromium:
         page = browser.ui(chromium)
         page.set_viewport_size({"width": 2400, "height": 2000})  # so that all columns and charts are in sight

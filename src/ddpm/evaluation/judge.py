@@ -13,6 +13,7 @@ from ddpm.data.samples_file import Samples
 from ddpm.evaluation.classifier import Classifier
 from ddpm.evaluation.features import Extracted, extract, extract_cached
 from ddpm.evaluation.metrics import fid, kid, memorisation, nearest, prdc
+from ddpm.evaluation.two_sample import IMAGES, c2st
 from ddpm.figures import sheet
 from ddpm.runtime.distributed import Group
 
@@ -40,7 +41,7 @@ def extract_all(
     )
 
 
-def judge(samples: Samples, data: Dataset, features: Features) -> tuple[dict[str, float], Image]:
+def judge(samples: Samples, data: Dataset, features: Features, device: torch.device) -> tuple[dict[str, float], Image]:
     """All metrics by name, those of real images last, and the picture of the samples that are closest to a training image."""
     labels, (sample_features, predicted) = samples.labels, features.samples
     train, (test, test_predicted) = features.train.features, features.test
@@ -59,8 +60,9 @@ def judge(samples: Samples, data: Dataset, features: Features) -> tuple[dict[str
         metrics["class_accuracy"] = (predicted == labels).float().mean().item()
     if data.classes:
         of_real["class_accuracy_real"] = (test_predicted == data.test_labels).float().mean().item()
+    told = two_sample_tests(samples, data, device)
     copies, picture = neighbours(samples.images, sample_features, data, train, data.test_images[unseen], real)
-    return metrics | copies | of_real, picture
+    return metrics | copies | of_real | told, picture
 
 
 def comparable_samples(samples: Samples, data: Dataset) -> Samples:
@@ -107,6 +109,23 @@ def floors(train: Tensor, test: Tensor, data: Dataset, labels: Tensor, draws: li
     floors["kid_floor"] = torch.tensor([kid(test[draw], train) for draw in draws])
     means = {name: values.mean().item() for name, values in floors.items()}
     return means | {f"{name}_std": values.std().item() for name, values in floors.items() if len(values) > 1}
+
+
+def two_sample_tests(samples: Samples, data: Dataset, device: torch.device) -> dict[str, float]:
+    """Whether a network can tell the samples from test images, and training images from the same test images.
+
+    Test images, because against training images copies of these would be the best samples.
+    """
+    labels = samples.labels[:IMAGES]
+    unseen = data.test_images[draw_real(data.test_labels, labels, 0)]
+    of_samples = c2st(samples.images, unseen, device)
+    of_real = c2st(data.images[draw_real(data.labels, labels, 0)], unseen, device, what="training images")
+    return {
+        "c2st_auc": of_samples.auc,
+        "c2st_accuracy": of_samples.accuracy,
+        "c2st_auc_real": of_real.auc,
+        "c2st_accuracy_real": of_real.accuracy,
+    }
 
 
 def neighbours(

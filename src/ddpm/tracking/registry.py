@@ -28,6 +28,7 @@ that alias moves to a version with a lower FID, of at least as many samples, by 
 """
 FIGURES = {  # what a version's summary shows: metric, its name there, and the same metric of real images
     "fid": ("FID, less is better", "fid_floor"),
+    "c2st_auc": ("two-sample AUC, 0.5 is best", "c2st_auc_real"),
     "kid": ("KID, less is better", "kid_floor"),
     "precision": ("precision", "precision_real"),
     "recall": ("recall", "recall_real"),

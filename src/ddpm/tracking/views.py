@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment
 
-VERSION = 1  # raise it when a view changes, so that experiments get the new one
+VERSION = 2  # raise it when a view changes, so that experiments get the new one
 SINCE = (3, 15)  # MLflow's version
 VIEW, NOTE = "mlflow.sharedViewState.", "mlflow.note.content"  # MLflow's tags of an experiment
 FIRST_VIEW = "Leaderboard"
 BEST_FIRST = {"orderByKey": "metrics.`eval/fid`", "orderByAsc": True}
 SAMPLING = [f"params.`sample.{name}`" for name in ("sampler", "steps", "guidance_scale", "count")]
-FIGURES = [f"metrics.`eval/{name}`" for name in ("fid", "fid_over_floor", "precision", "recall", "class_accuracy")]
+FIGURES = [f"metrics.`eval/{name}`" for name in ("fid", "fid_over_floor", "c2st_auc", "precision", "recall", "class_accuracy")]
 VIEWS: dict[str, dict[str, Any]] = {
     FIRST_VIEW: {
         "searchFilter": "tags.stage = 'train'",
@@ -56,6 +56,8 @@ samples during training; choose the charts beside the search field. **Evaluation
 `eval/fid` says how far samples are from the training images; less is better. Real images that the model hasn't seen score
 `eval/fid_floor`, and `eval/fid_over_floor` is the FID as a multiple of that: 1 would be perfect. Compare only evaluations with
 the same number of samples, `sample.count`, because fewer samples score higher. A training shows its best evaluation.
+
+`eval/c2st_auc` says how well a small network tells samples from real images: 0.5 not at all, 1 always.
 """
 
 
