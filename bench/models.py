@@ -2,11 +2,12 @@
 
 from measure import table
 
-NAMES = ("kid", "precision", "recall", "class_accuracy", "nearest_neighbour_ratio")
+NAMES = ("kid", "c2st_auc", "precision", "recall", "class_accuracy", "nearest_neighbour_ratio")
 
 
 def table_of_metrics(cards: dict[str, dict]) -> str:
-    header = ["", "FID", "× floor", *(f"`{name}`" for name in NAMES), "parameters", "training"]
+    names = [name for name in NAMES if any(name in card["metrics"] for card in cards.values())]  # older cards lack c2st_auc
+    header = ["", "FID", "× floor", *(f"`{name}`" for name in names), "parameters", "training"]
     rows = []
     for preset, card in cards.items():
         m = card["metrics"]
@@ -14,7 +15,7 @@ def table_of_metrics(cards: dict[str, dict]) -> str:
             f"{preset}, n = {card['samples']:,}",
             f"{m['fid']:.4f}",
             f"{m['fid'] / m['fid_floor']:.1f}",
-            *(f"{m[name]:.4g}" for name in NAMES),
+            *(f"{m[name]:.4g}" if name in m else "" for name in names),
             f"{card['parameters'] / 1e6:.1f} M",
             f"{card['seconds']['train']:,.0f} s",
         ])  # fmt: skip

@@ -1,9 +1,9 @@
 """`make bench`, or `python bench/run.py [--full] [part …]`: this project beside its peers, measured on this machine.
 
-Parts: throughput, step, growth, evaluations and quality, whose short form takes a quarter of an hour; guidance, classes, cas,
-waits, scale, rates, samplers, seeds and ablations only run where they are named, or with --full, which takes some eight hours
-for all. Each part leaves its figures in bench/results/, and all of those become the tables and plots of docs/ and the README.
-`--report` only does the latter. Where someone's samples are garbage, the table says so, and the exit status is 1.
+Parts: throughput, step, growth, evaluations and quality, whose short form takes a quarter of an hour; baselines, guidance,
+classes, cas, waits, scale, rates, samplers, seeds and ablations only run where they are named, or with --full, which takes some
+eight hours for all. Each part leaves its figures in bench/results/, and all of those become the tables and plots of docs/ and
+the README. `--report` only does the latter. Where someone's samples are garbage, the table says so, and the exit status is 1.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import ablations
+import baselines
 import cas
 import classes
 import evaluations
@@ -33,10 +34,10 @@ from contenders import ROOT
 from measure import GARBAGE, keep, kept, machine
 
 SHORT = {"throughput": throughput, "step": step, "growth": growth, "evaluations": evaluations, "quality": quality}
-PARTS = SHORT | {"guidance": guidance, "classes": classes, "cas": cas}
+PARTS = SHORT | {"baselines": baselines, "guidance": guidance, "classes": classes, "cas": cas}
 PARTS |= {"waits": waits, "scale": scale, "rates": rates, "samplers": samplers, "seeds": seeds, "ablations": ablations}
 TOLD = PARTS | {"models": models, "gpu": gpu}  # what publish.py and gpu.py have measured
-PAGES = [ROOT / page for page in ("docs/RESULTS.md", "docs/OPERATIONS.md", "README.md")]
+PAGES = [ROOT / page for page in ("docs/RESULTS.md", "docs/ABLATIONS.md", "docs/OPERATIONS.md", "README.md")]
 PICTURES = ROOT / "docs/images"
 
 

@@ -156,7 +156,8 @@ def make(out: Path, preset: str | None, data: Path | None, count: int) -> None:
         work.finished("runs")
     if "half" not in work.done:
         content = torch.load(model, weights_only=True)
-        content["weights"] = {name: w.half() if w.is_floating_point() else w for name, w in content["weights"].items()}
+        for part in ("weights", "guide"):
+            content[part] = {name: w.half() if w.is_floating_point() else w for name, w in content[part].items()}
         write_atomic(model, serialise(content))
         work.finished("half")
     metrics = work.evaluated("in half precision", count)  # last, because its samples and pictures are published

@@ -40,6 +40,7 @@ METRICS: dict[str, tuple[str, bool | None]] = {  # what it means, and whether lo
     "coverage": ("share of real images with a sample close to them", False),
     "class_accuracy": ("share of samples recognised as the class asked for", False),
     "c2st_auc": ("how well a network tells samples from test images; 0.5: not at all, 1: always", True),
+    "c2st_accuracy": ("share of samples and test images that the same network assigns to the right set", True),
     "nearest_neighbour_ratio": (NEAREST, None),
     "val_loss": ("validation loss", None),
     "parameters": ("number of the model's weights", None),

@@ -110,7 +110,8 @@ def how_to_execute(runtime: RuntimeParams, device: torch.device, group: Group) -
 def write_outputs(trained: Trained, params: Params, data: Dataset) -> None:
     p = params.train
     label_dropout = p.label_dropout if data.classes else 1.0  # without classes no image was shown with one
-    save_checkpoint(MODEL, trained.weights, architecture(p, data), p.diffusion.model_dump(), label_dropout, data.classes)
+    unet, diffusion = architecture(p, data), p.diffusion.model_dump()
+    save_checkpoint(MODEL, trained.weights, unet, diffusion, label_dropout, data.classes, trained.guide)
     for name, curve in (("train", trained.train_curve), ("validation", trained.validation_curve)):
         lines = ["\t".join(curve[0])] + [
             "\t".join(str(value) if isinstance(value, int) else f"{value:.6g}" for value in row.values()) for row in curve

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import baselines
 import gpu
 import quality
 import run
@@ -166,8 +167,9 @@ def test_the_pages_hold_the_figures_that_were_measured(part, page):
 
 def test_pages_have_a_place_for_each_part_and_no_missing_picture():
     assert MEASURED and set(MEASURED) <= set(TOLD)
-    results, readme = sorted({*TOLD} - {"scale", "samplers"}), ["quality", "samplers", "throughput"]
-    for page, places in zip(PAGES, (results, ["scale"], readme), strict=True):
+    ablated = ["ablations", "samplers"]
+    results = sorted({*TOLD} - {"scale", *ablated})
+    for page, places in zip(PAGES, (results, ablated, ["scale"], ["quality", "throughput"]), strict=True):
         text = page.read_text()
         assert sorted(re.findall(r"<!-- (\w+) -->", text)) == places
         assert [path for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) if not (page.parent / path).exists()] == []
@@ -190,6 +192,30 @@ def test_the_published_model_is_measured(part, fashion_mnist, real_features, mon
         assert sum(row["accuracy"] for row in rows) / len(rows) > 0.8
     else:
         assert all(0.15 < value < 0.9 for value in result["accuracy"].values())
+
+
+def test_gaussians_have_the_mean_and_the_variance_of_each_class():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(2000) % 10
+    brightness = torch.randn(2000, generator=generator) * 10 + 60 + 12 * labels
+    images = (brightness[:, None, None].expand(-1, 4, 4) + torch.randn(2000, 4, 4, generator=generator)).round().to(torch.uint8)
+    drawn = baselines.gaussians(images, labels, 1, 16, 1995)  # not a multiple of ten
+    assert drawn.shape == (1995, 4, 4) and drawn.dtype == torch.uint8
+    for c in range(10):
+        samples, real = drawn[c::10].float(), images[labels == c].float()
+        assert abs(samples.mean() - real.mean()) < 3
+        assert samples.mean((1, 2)).std().item() == pytest.approx(real.mean((1, 2)).std().item(), rel=0.2)
+        assert samples.std((1, 2)).mean().item() == pytest.approx(real.std((1, 2)).mean().item(), rel=0.2)
+
+
+def test_a_mixture_of_gaussians_keeps_its_clusters():
+    labels = torch.arange(2000) % 10
+    of_two = torch.where(torch.arange(2000) // 10 % 4 == 0, 200, 50)  # a quarter of each class is bright
+    noise = torch.randn(2000, 4, 4, generator=torch.Generator().manual_seed(0))
+    images = (of_two[:, None, None] + 3 * noise).round().to(torch.uint8)
+    means = baselines.gaussians(images, labels, 2, 4, 2000).float().mean((1, 2))
+    assert ((means - 200).abs() < 20).float().mean() == pytest.approx(0.25, abs=0.04)
+    assert ((means - 50).abs() < 20).float().mean() == pytest.approx(0.75, abs=0.04)
 
 
 def test_a_part_takes_its_place_and_leaves_the_rest(tmp_path):

@@ -1,3 +1,5 @@
+import io
+
 import pytest
 import torch
 
@@ -41,6 +43,27 @@ def test_model_round_trip(tmp_path):
     assert {name: getattr(diffusion, name) for name in DIFFUSION} == DIFFUSION
     assert label_dropout == 0.25
     assert classes == list(CLASSES)
+    assert checkpoint.guide is None
+
+
+def test_a_guide_round_trip(tmp_path):
+    model, guide = random_unet(), random_unet(seed=1)
+    save_checkpoint(tmp_path / "m.pth", model.state_dict(), SMALL, DIFFUSION, 0.25, guide=guide.state_dict())
+    checkpoint = load_checkpoint(tmp_path / "m.pth", CPU)
+    for name, w in guide.state_dict().items():
+        assert torch.equal(checkpoint.guide.state_dict()[name], w), name
+        assert torch.equal(checkpoint.model.state_dict()[name], model.state_dict()[name]), name
+    assert not checkpoint.guide.training
+    assert not any(p.requires_grad for p in checkpoint.guide.parameters())
+
+
+def test_a_guide_that_was_read_from_a_file_gives_the_same_bytes(tmp_path):
+    """As after a resumed training, whose guide has been in a saved state: its keys are equal, but other objects."""
+    model, guide = random_unet(), random_unet(seed=1)
+    save_checkpoint(tmp_path / "a.pth", model.state_dict(), SMALL, DIFFUSION, 0.1, guide=guide.state_dict())
+    read = torch.load(io.BytesIO(serialise(dict(reversed(guide.state_dict().items())))))
+    save_checkpoint(tmp_path / "b.pth", model.state_dict(), SMALL, DIFFUSION, 0.1, guide=read)
+    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
 
 
 def test_another_data_set_s_shape_and_classes(tmp_path):
@@ -96,6 +119,14 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, weights, unet, diffusion)
     assert message.startswith(f"{path}: its weights don't fit the network that it describes (")
     assert message.endswith(f"); {REMEDY}")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("guide", [{}, [1, 2], random_unet(blocks=2).state_dict()], ids=["no-weights", "list", "other-depth"])
+def test_a_guide_that_does_not_fit_is_refused(tmp_path, guide):
+    content = {"weights": random_unet().state_dict(), "unet": SMALL, "diffusion": DIFFUSION, "label_dropout": 0.1, "guide": guide}
+    torch.save(content, tmp_path / "m.pth")
+    with pytest.raises(UserError, match="its weights don't fit the network that it describes"):
+        load_checkpoint(tmp_path / "m.pth", CPU)
 
 
 def test_another_programs_checkpoint_is_refused(tmp_path):

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = range(1, 31)
 SAMPLING = {
     "sampler": "ddim", "steps": 7, "spacing": "tapered", "eta": 0.0, "variance": "small", "clip": True,
-    "guidance_scale": 1.0, "classes": "all", "count": 1000, "seed": 3,
+    "guidance_scale": 1.0, "guidance_interval": None, "classes": "all", "count": 1000, "seed": 3,
 }  # fmt: skip
 PARTS = ("params", "metrics", "tags", "dataset", "model", "previews", "files", "version")
 

@@ -79,6 +79,8 @@ def test_params_are_frozen():
         {"sample.classes": [0, 7, 7]},
         {"sample.steps": 1000},
         {"sample.guidance_scale": 3},
+        {"sample.guidance_interval": None},
+        {"sample.guidance_interval": [0, 0.5]},
         {"train.label_dropout": 0, "sample.guidance_scale": 1},
         {"train.label_dropout": 1, "sample.classes": "none"},
         {"train.diffusion.min_snr_gamma": None},
@@ -104,6 +106,7 @@ def test_limits_that_are_allowed(tmp_path, changes):
 
 
 CHANNELS = "should be a list of 1 to 5 multiples of 8, at most 4096"
+INTERVAL = "should be null or a list of two noise levels, such as [0.2, 3.2]"
 CLASSES = "should be all, none or a list of class numbers, which start at 0"
 DEVICE = "should be auto, cpu, mps, cuda or, for example, cuda:1"
 FAULTS: list[tuple[dict[str, object], list[str]]] = [
@@ -119,6 +122,15 @@ FAULTS: list[tuple[dict[str, object], list[str]]] = [
     ({"train.a\nb": 1}, ["train.'a\\nb': there is no such key"]),
     ({"train": None}, ["train: null should be a section of keys"]),
     ({"train.model": [1]}, ["train.model: [1] should be a section of keys"]),
+    ({"sample.guidance_interval": GONE}, ["sample.guidance_interval: missing"]),
+    ({"sample.guidance_interval": 3}, [f"sample.guidance_interval: 3 {INTERVAL}"]),
+    ({"sample.guidance_interval": [1]}, [f"sample.guidance_interval: [1] {INTERVAL}"]),
+    ({"sample.guidance_interval": [-1, 1]}, [f"sample.guidance_interval: [-1, 1] {INTERVAL}"]),
+    ({"sample.guidance_interval": [0, math.inf]}, [f"sample.guidance_interval: [0, inf] {INTERVAL}"]),
+    (
+        {"sample.guidance_interval": [3.2, 0.2]},
+        ["sample.guidance_interval: [3.2, 0.2] should be two noise levels, the lower one first"],
+    ),
     # whole numbers
     ({"train.steps": "100"}, ["train.steps: YAML reads '100' as text; write it as 100"]),
     ({"train.steps": "1e3"}, ["train.steps: YAML reads '1e3' as text; write it as 1000"]),

@@ -34,7 +34,8 @@ def test_outputs_are_as_promised(smoke_run: Path) -> None:
     params = yaml.safe_load((clone / "params.yaml").read_text())
     model = torch.load(clone / "models/diffusion_model.pth", weights_only=True)
     assert model["unet"]["channels"] == params["train"]["model"]["channels"]
-    assert all(torch.isfinite(w).all() for w in model["weights"].values())
+    assert all(torch.isfinite(w).all() for part in ("weights", "guide") for w in model[part].values())
+    assert any(not torch.equal(w, model["guide"][name]) for name, w in model["weights"].items())
     assert len(FashionMNIST(clone / "data", download=False)) == 60_000
 
     samples = np.load(clone / "output/samples.npz")

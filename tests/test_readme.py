@@ -18,6 +18,7 @@ REAL = {  # the same figure for real images, where there is one
     "density": "density_real",
     "coverage": "coverage_real",
     "class_accuracy": "class_accuracy_real",
+    "c2st_auc": "c2st_auc_real",
 }
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 SAMPLING = {
     "sampler": "dpmpp_2m", "steps": 7, "spacing": "tapered", "eta": 0.0, "variance": "small", "clip": True,
-    "guidance_scale": 1.5, "classes": "all", "count": 1000, "seed": 3,
+    "guidance_scale": 1.5, "guidance_interval": [0.2, 3.2], "classes": "all", "count": 1000, "seed": 3,
 }  # fmt: skip
 
 
@@ -97,6 +97,24 @@ def test_a_checkpoint_is_one_version_with_its_best_evaluation(root, client):
     assert name == f"{MODEL_NAME}, version 1"
     assert path.read_text() == "one"
     assert sampling == SampleParams.model_validate({**SAMPLING, "steps": 9})
+
+
+def test_a_champion_from_before_guidance_had_an_interval_is_guided_everywhere(root, client):
+    evaluate(root, "old", 0.5)
+    (version,) = client.search_model_versions(f"name = '{MODEL_NAME}'")
+    of_old = {key: value for key, value in SAMPLING.items() if key != "guidance_interval"}
+    client.set_model_version_tag(MODEL_NAME, version.version, "sampling", json.dumps(of_old))
+    _, _, sampling = champion(root)
+    assert sampling == SampleParams.model_validate({**SAMPLING, "guidance_interval": None})
+
+
+def test_a_journal_from_before_guidance_had_an_interval_makes_a_version_that_can_be_served(root, client, monkeypatch):
+    monkeypatch.delitem(SAMPLING, "guidance_interval")
+    evaluate(root, "old", 0.5)
+    _, _, sampling = champion(root)
+    assert sampling == SampleParams.model_validate({**SAMPLING, "guidance_interval": None})
+    (version,) = client.search_model_versions(f"name = '{MODEL_NAME}'")
+    assert "guidance_interval: null" in Path(client.download_artifacts(version.run_id, "generator/MLmodel")).read_text()
 
 
 @pytest.mark.parametrize(

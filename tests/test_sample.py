@@ -54,6 +54,48 @@ def test_only_what_is_missing_or_damaged_is_drawn_again(pipeline, tmp_path, monk
     same_with(2 * BATCH)  # of what was kept the last batch alone is what it should be
 
 
+@pytest.fixture(scope="module")
+def guided_model(random_model, tmp_path_factory) -> Path:
+    """The same model with a guide that has learned nothing either."""
+    content = torch.load(random_model, weights_only=True)
+    generator = torch.Generator().manual_seed(1)
+    content["guide"] = {name: torch.randn(w.shape, generator=generator) * 0.1 for name, w in content["weights"].items()}
+    path = tmp_path_factory.mktemp("guided") / "guided.pth"
+    torch.save(content, path)
+    return path
+
+
+def four(model: Path, classes: str = "all", **changes: object) -> torch.Tensor:
+    """Four images of bags, or of no class."""
+    p = Params.model_validate(yaml.safe_load((ROOT / "params.yaml").read_text())).sample
+    p = p.model_copy(update={"steps": 6, "guidance_interval": None, "classes": classes, **changes})
+    labels = torch.full((4,), 8 if classes == "all" else 10)
+    *_, x = Pipeline(model, torch.device("cpu")).iter_samples(labels, p)
+    return x
+
+
+@pytest.mark.parametrize("name", ["random_model", "guided_model"])
+def test_guidance_acts_only_within_the_interval(name, request):
+    model = request.getfixturevalue(name)
+    unguided, everywhere = four(model, guidance_scale=1.0), four(model, guidance_scale=3.0)
+    within = four(model, guidance_scale=3.0, guidance_interval=[0.2, 3.2])
+    assert torch.equal(four(model, guidance_scale=3.0, guidance_interval=[1e-6, 2e-6]), unguided)  # no timestep lies between
+    for a, b in ((unguided, everywhere), (everywhere, within), (within, unguided)):
+        assert (a - b).abs().max() > 0.001
+
+
+def test_guidance_away_from_a_guide_is_another(random_model, guided_model):
+    assert torch.equal(four(random_model, guidance_scale=1.0), four(guided_model, guidance_scale=1.0))
+    assert (four(random_model, guidance_scale=3.0) - four(guided_model, guidance_scale=3.0)).abs().max() > 0.01
+
+
+def test_a_model_without_classes_is_guided_only_by_a_guide(random_model, guided_model):
+    """Guidance towards a class needs one; guidance away from a worse model doesn't."""
+    assert torch.equal(four(random_model, "none", guidance_scale=1.0), four(random_model, "none", guidance_scale=3.0))
+    unguided, guided = (four(guided_model, "none", guidance_scale=scale) for scale in (1.0, 3.0))
+    assert (unguided - guided).abs().max() > 0.01
+
+
 def test_frames_are_evenly_spaced_to_the_eye():
     """Those of a walk that lingers at its start and then hurries, chosen by hand."""
     distances = [100, 99, 98, 97, 96, 95, 94, 75, 50, 26, 24, 0]

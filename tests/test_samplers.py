@@ -338,7 +338,7 @@ def test_large_variance_is_exact_for_unit_gaussians(steps):
 
 def guided(scale: float, clip: bool, labels: torch.Tensor, x: torch.Tensor, t: int, prediction: str = "v") -> torch.Tensor:
     d = Diffusion(1000, "cosine", prediction)
-    return guided_denoiser(network(d), d, labels, 10, scale, clip)(x, t)
+    return guided_denoiser(network(d), d, labels, 10, scale, clip=clip)(x, t)
 
 
 @settings(deadline=None)
@@ -367,6 +367,38 @@ def test_guidance_scale_1_evaluates_the_network_once_an_image():
     assert torch.equal(plain, d.to_x0(network(d)(x, t, LABELS), x, t))
     guided_denoiser(model, d, LABELS, 10, 2.0)(x, 500)
     assert batches[1] == ([500] * 6, [0, 4, 9, 10, 10, 10])
+
+
+@settings(deadline=None)
+@given(st.integers(0, 950), st.floats(0, 5), st.sampled_from(sorted(PREDICTIONS)), st.integers(0, 99))
+def test_guidance_leads_away_from_what_the_guide_makes_without_the_class(t, scale, prediction, seed):
+    d, x = Diffusion(1000, "cosine", prediction), image_noise(seed)()
+    no_labels, times = torch.full_like(LABELS, 10), torch.full((COUNT,), t)
+
+    def guide(x, t, y):
+        assert torch.equal(y, no_labels)
+        return 0.5 * network(d)(x, t, y)
+
+    own, worse = network(d)(x, times, LABELS), guide(x, times, no_labels)
+    expected = d.to_x0(worse + scale * (own - worse), x, times)
+    found = guided_denoiser(network(d), d, LABELS, 10, scale, clip=False, guide=guide)(x, t)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 990), st.floats(0, 10), st.floats(0, 10), st.integers(0, 99))
+def test_guidance_acts_only_within_its_interval_of_noise_levels(t, lowest, width, seed):
+    d, x, sizes = Diffusion(1000, "cosine", "v"), image_noise(seed)(), []
+
+    def model(x, t, y):
+        sizes.append(len(x))
+        return network(d)(x, t, y)
+
+    interval = [lowest, lowest + width]
+    limited = guided_denoiser(model, d, LABELS, 10, 3.0, interval)(x, t)
+    is_within = lowest <= (d.sigma[t] / d.alpha[t]).item() <= lowest + width
+    assert sizes == [2 * COUNT if is_within else COUNT]
+    assert torch.equal(limited, guided(3.0 if is_within else 1.0, True, LABELS, x, t))
 
 
 @settings(deadline=None)

@@ -177,7 +177,7 @@ def test_curls_own_content_type_is_told(server):
 
 
 @pytest.mark.parametrize(("label_dropout", "names"), [(1.0, ["none"] * 4), (0.0, list(CLASSES[:4]))])
-def test_a_model_without_classes_gets_no_class_and_no_guidance(random_model, label_dropout, names):
+def test_a_model_that_always_or_never_saw_classes_is_asked_for_what_it_knows(random_model, label_dropout, names):
     pipeline = Pipeline(random_model, torch.device("cpu"))
     pipeline.label_dropout = label_dropout
     images, drawn = respond(pipeline, SAMPLING, Request(count=4, steps=2))

@@ -46,7 +46,8 @@ def run(p: TrainParams, states: Path, log: Recorder | None = None, state_seconds
 
 
 def digest(trained: loop.Trained) -> str:
-    return sha256(serialise({name: w.contiguous() for name, w in trained.weights.items()}))
+    """Of the weights of the model and of its guide."""
+    return sha256(serialise([part[name].contiguous() for part in (trained.weights, trained.guide) for name in trained.weights]))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -201,6 +202,26 @@ def test_the_weights_are_a_moving_average_of_the_models(tmp_path):
         trained = run(params(steps=WINDOW, ema_decay=decay), tmp_path / str(decay), state_seconds=0)
         model = load_state(tmp_path / str(decay))["model"]
         assert all(torch.allclose(w, model[name], atol=1e-6) for name, w in trained.weights.items()) is equal
+
+
+def test_the_guide_is_the_average_after_a_fifth_of_the_steps(tmp_path):
+    p = params(steps=3 * WINDOW + 6)  # not at the end of a window
+    assert loop.guide_step(p) == 7
+    until_then = []
+
+    class Spy(step.TrainStep):
+        def __call__(self, s, drawn):
+            result = super().__call__(s, drawn)
+            if s + 1 == 7:
+                until_then.append({name: w.clone() for name, w in self.state.ema.state_dict().items()})
+            return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "TrainStep", Spy)
+        trained = run(p, tmp_path)
+    assert all(torch.equal(trained.guide[name], w) for name, w in until_then[0].items())
+    assert not all(torch.equal(trained.guide[name], w) for name, w in trained.weights.items())
+    assert loop.guide_step(params(steps=1)) == 1
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def test_grain_is_seen(train_images, test_images):
 
 
 def test_an_image_is_judged_by_a_network_that_never_saw_it():
-    """Six passes over pure noise teach nothing that holds for other noise, but much of what was seen is remembered."""
+    """Eight passes over pure noise teach nothing that holds for other noise, but much of what was seen is remembered."""
     noise = torch.randint(0, 256, (2, 300, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert abs(c2st(noise[0], noise[1], CPU).auc - 0.5) < 0.08
 

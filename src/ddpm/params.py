@@ -33,6 +33,8 @@ Width = Annotated[int, Field(ge=GROUPS, le=4096, multiple_of=GROUPS)]
 Widths = Annotated[list[Width], Field(min_length=1, max_length=5), allowed("a list of 1 to 5 multiples of 8, at most 4096")]
 ClassList = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, max_length=256)]
 Classes = Annotated[Literal["all", "none"] | ClassList, allowed("all, none or a list of class numbers, which start at 0")]
+NoiseLevels = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2, max_length=2)]
+Interval = Annotated[NoiseLevels | None, allowed("null or a list of two noise levels, such as [0.2, 3.2]")]
 Pixels = Annotated[int, Field(ge=MIN_SIZE, le=MAX_SIZE)]
 Size = Annotated[Literal["auto"] | Pixels, allowed(f"auto or a number of pixels, {MIN_SIZE} to {MAX_SIZE}")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"), allowed("auto, cpu, mps, cuda or, for example, cuda:1")]
@@ -146,9 +148,16 @@ class SampleParams(Section):
     variance: Literal["small", "large"]
     clip: bool
     guidance_scale: Annotated[float, Field(ge=0, le=100)]
+    guidance_interval: Interval
     classes: Classes
     count: Annotated[int, Field(ge=10, le=1_000_000)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
+
+    @model_validator(mode="after")
+    def _interval_ascends(self) -> Self:
+        if self.guidance_interval and self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval: {self.guidance_interval} should be two noise levels, the lower one first")
+        return self
 
     def class_ids(self, classes: int) -> list[int]:
         """The numbers of the classes to draw, for a model with so many `classes`; none to draw without a class."""

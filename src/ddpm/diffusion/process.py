@@ -43,6 +43,11 @@ class Diffusion:
         t = torch.searchsorted(self.cumulative_weight, quantiles.double(), right=True)
         return t.clamp(max=self.timesteps - 1)
 
+    def noise_level(self, t: int) -> float:
+        """sigma / alpha at timestep t: close to 0 at t = 0; at t = 999, 160 (linear schedule) or 20 000 (cosine)."""
+        alpha_bar = self.alphas_cumprod[t].item()
+        return ((1 - alpha_bar) / alpha_bar) ** 0.5
+
     def _at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, [N, 1, 1, 1]."""
         return self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)

@@ -36,22 +36,39 @@ def spaced_timesteps(timesteps: int, steps: int, spacing: str) -> list[int]:
 
 
 def guided_denoiser(
-    model: Callable, diffusion: Diffusion, labels: Tensor, null_class: int, guidance_scale: float = 1.0, clip: bool = True
+    model: Callable,
+    diffusion: Diffusion,
+    labels: Tensor,
+    null_class: int,
+    guidance_scale: float = 1.0,
+    guidance_interval: Sequence[float] | None = None,
+    clip: bool = True,
+    guide: Callable | None = None,
 ) -> Denoiser:
     """The network as a denoiser for images of classes `labels` int64 [N].
 
-    A guidance scale w other than 1 combines the predictions with and without the class, u + w (c - u), which are computed in one
-    batch of twice the size (Ho and Salimans 2022). `clip` limits x̂0 to the range of pixels, [-1, 1].
+    A guidance scale w other than 1 leads away from a worse prediction u: u + w (c - u), where c is the network's own. The worse
+    one is made without the class (Ho and Salimans 2022), and by the `guide`, if there is one: the same network earlier in its
+    training, which makes the same mistakes more often (Karras et al. 2024, sec. 3). With an interval, [lowest, highest], this is
+    done only at noise levels sigma / alpha within it: at high ones guidance costs variety, at low ones it hardly helps
+    (Kynkäänniemi et al. 2024, sec. 3). `clip` limits x̂0 to the range of pixels, [-1, 1].
     """
+
+    def is_guided(t: int) -> bool:
+        lowest, highest = guidance_interval or (0, math.inf)
+        return guidance_scale != 1 and lowest <= diffusion.noise_level(t) <= highest
 
     def denoise(x: Tensor, t: int) -> Tensor:
         times = torch.full((len(x),), t, device=x.device)
-        if guidance_scale == 1:
+        if not is_guided(t):
             output = model(x, times, labels)
         else:
-            both = torch.cat([labels, torch.full_like(labels, null_class)])
-            conditional, unconditional = model(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
-            output = unconditional + guidance_scale * (conditional - unconditional)
+            no_labels = torch.full_like(labels, null_class)
+            if guide is not None:
+                own, worse = model(x, times, labels), guide(x, times, no_labels)
+            else:  # in one batch of twice the size
+                own, worse = model(torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, no_labels])).chunk(2)
+            output = worse + guidance_scale * (own - worse)
         x0 = diffusion.to_x0(output.float(), x, times)
         return x0.clamp(-1, 1) if clip else x0
 
@@ -143,12 +160,14 @@ def iter_samples(
     variance: str = "small",
     clip: bool = True,
     guidance_scale: float = 1.0,
+    guidance_interval: Sequence[float] | None = None,
+    guide: Callable | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(x, x̂0) after every network evaluation of the named sampler, for images of classes `labels` int64 [N].
 
     `noise()` gives Gaussian noise [N, C, H, W]: first x_T, then what the sampler adds.
     """
-    denoise = guided_denoiser(model, diffusion, labels, null_class, guidance_scale, clip)
+    denoise = guided_denoiser(model, diffusion, labels, null_class, guidance_scale, guidance_interval, clip, guide)
     timesteps = spaced_timesteps(diffusion.timesteps, steps, spacing)
     if sampler == "ddpm":
         yield from ddpm(denoise, noise, diffusion.alphas_cumprod, timesteps, variance)

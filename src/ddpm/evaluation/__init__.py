@@ -2,6 +2,5 @@
 
 Read judge.py first: it computes every figure of output/metrics/evaluate.json. evaluator.py finds the network whose features the
 metrics compare, or has it trained: classifier.py is the network, classifier_training.py trains it, features.py extracts its
-features, and metrics.py has the metrics. two_sample.py has networks learn to
-tell samples from real images.
+features, and metrics.py has the metrics. two_sample.py trains networks to tell samples from real images.
 """

@@ -60,9 +60,14 @@ def judge(samples: Samples, data: Dataset, features: Features, device: torch.dev
         metrics["class_accuracy"] = (predicted == labels).float().mean().item()
     if data.classes:
         of_real["class_accuracy_real"] = (test_predicted == data.test_labels).float().mean().item()
-    told = two_sample_tests(samples, data, device)
+    # Told from test images, not from training images: copies of these would be the best samples.
+    some = labels[:IMAGES]
+    test_images = data.test_images[draw_real(data.test_labels, some, 0)]
+    train_images = data.images[draw_real(data.labels, some, 0)]
+    metrics["c2st_auc"], metrics["c2st_accuracy"] = c2st(samples.images, test_images, device)
+    of_real["c2st_auc_real"], of_real["c2st_accuracy_real"] = c2st(train_images, test_images, device, what="training images")
     copies, picture = neighbours(samples.images, sample_features, data, train, data.test_images[unseen], real)
-    return metrics | copies | of_real | told, picture
+    return metrics | copies | of_real, picture
 
 
 def comparable_samples(samples: Samples, data: Dataset) -> Samples:
@@ -109,23 +114,6 @@ def floors(train: Tensor, test: Tensor, data: Dataset, labels: Tensor, draws: li
     floors["kid_floor"] = torch.tensor([kid(test[draw], train) for draw in draws])
     means = {name: values.mean().item() for name, values in floors.items()}
     return means | {f"{name}_std": values.std().item() for name, values in floors.items() if len(values) > 1}
-
-
-def two_sample_tests(samples: Samples, data: Dataset, device: torch.device) -> dict[str, float]:
-    """Whether a network can tell the samples from test images, and training images from the same test images.
-
-    Test images, because against training images copies of these would be the best samples.
-    """
-    labels = samples.labels[:IMAGES]
-    unseen = data.test_images[draw_real(data.test_labels, labels, 0)]
-    of_samples = c2st(samples.images, unseen, device)
-    of_real = c2st(data.images[draw_real(data.labels, labels, 0)], unseen, device, what="training images")
-    return {
-        "c2st_auc": of_samples.auc,
-        "c2st_accuracy": of_samples.accuracy,
-        "c2st_auc_real": of_real.auc,
-        "c2st_accuracy_real": of_real.accuracy,
-    }
 
 
 def neighbours(

@@ -57,8 +57,9 @@ class Critic(nn.Module):
 def c2st(samples: Tensor, real: Tensor, device: torch.device, seed: int = 0, what: str = "samples") -> TwoSample:
     """How well a network tells `samples` from `real`, both uint8 [N, …], of which it takes as many as both have, up to IMAGES.
 
-    The figures are means over both halves. They differ by about 0.01 from seed to seed. `what` names the samples on the progress
-    bar. Raises ValueError if there are fewer than two of each.
+    The figures are means over both halves. They differ by about 0.01 from seed to seed. With fewer images than IMAGES they are
+    lower, because the network learns less. `what` names the samples on the progress bar. Raises ValueError if there are fewer
+    than two of each.
     """
     from torchmetrics.functional.classification import binary_accuracy, binary_auroc  # slow to import
 
@@ -72,7 +73,7 @@ def c2st(samples: Tensor, real: Tensor, device: torch.device, seed: int = 0, wha
         halves.append((images, torch.arange(len(images)) < len(indices)))
     scores = []
     steps = sum(PASSES * -(-len(images) // BATCH) for images, _ in halves)
-    with tqdm(total=steps, unit="step", desc=f"tell {what} from real", dynamic_ncols=True, delay=1e-9) as bar:
+    with tqdm(total=steps, unit="step", desc=f"tell {what} from test images", dynamic_ncols=True) as bar:
         for half, (images, is_sample) in enumerate(halves):
             critic = trained(images, is_sample, device, generator, bar)
             tested, truth = halves[1 - half]
@@ -83,7 +84,7 @@ def c2st(samples: Tensor, real: Tensor, device: torch.device, seed: int = 0, wha
 
 
 def trained(images: Tensor, is_sample: Tensor, device: torch.device, generator: torch.Generator, bar: tqdm) -> Critic:
-    """A network that has learned to recognise the samples among the images."""
+    """A network that has learned which of the images, uint8 [N, …], are samples: `is_sample`, bool [N]."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         critic = Critic(1 if images.ndim == 3 else 3)

@@ -23,7 +23,7 @@ class Pipeline:
     def __init__(self, file: Path, device: torch.device):
         self.file, self.device = file, device
         checkpoint = load_checkpoint(file, device)
-        self.model, self.diffusion = checkpoint.model, checkpoint.diffusion
+        self.model, self.guide, self.diffusion = checkpoint.model, checkpoint.guide, checkpoint.diffusion
         self.label_dropout, self.classes = checkpoint.label_dropout, checkpoint.classes
         self.null_class, self.image_shape = self.model.null_class, self.model.image_shape
         size = self.image_shape[1]
@@ -58,10 +58,12 @@ class Pipeline:
         x_T = noise()
         yield x_T
         draws = chain([x_T], iter(noise, None))  # the sampler starts from the same x_T, then draws new noise
-        guidance = p.guidance_scale if p.class_ids(self.null_class) else 1.0  # without classes there is nothing to guide towards
+        can_guide = self.guide is not None or p.class_ids(self.null_class)  # away from the guide, or towards a class
+        guidance = p.guidance_scale if can_guide else 1.0
         for x, _ in iter_samples(
             self.model, self.diffusion, labels.to(self.device), self.null_class, lambda: next(draws),
-            p.sampler, p.steps, p.spacing, p.eta, p.variance, p.clip, guidance,
+            p.sampler, p.steps, p.spacing, p.eta, p.variance, p.clip,
+            guidance_scale=guidance, guidance_interval=p.guidance_interval, guide=self.guide,
         ):  # fmt: skip
             yield x
 

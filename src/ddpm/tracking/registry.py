@@ -34,6 +34,7 @@ FIGURES = {  # what a version's summary shows: metric, its name there, and the s
     "recall": ("recall", "recall_real"),
     "class_accuracy": ("class accuracy", "class_accuracy_real"),
 }
+ADDED = {"guidance_interval": None}  # what evaluations before 2026-11-29 didn't record
 CHECKPOINT = MODEL.name  # among the artifacts of a version
 SERVING_NEEDS = ("mlflow", "numpy", "pillow", "psutil", "pydantic", "torch")  # packages that a served model imports
 SERVE_A_FILE = f"to serve a file instead: `python src/serve.py {MODEL}`"
@@ -55,6 +56,7 @@ def register(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+    sampling = ADDED | sampling  # it may come from the journal of an earlier version
     tags = _tags(evaluation, sampling)
     version = _version(client, model, tags["checkpoint_sha256"])
     number = version.version if version else _new_version(client, model, owner, checkpoint, sampling, tags)
@@ -175,8 +177,8 @@ def champion(root: Path, data_set: str = FASHION_MNIST) -> tuple[str, Path, Samp
         raise UserError(f"MLflow at {without_password(uri)}: {root_cause(error)}; {SERVE_A_FILE}") from None
     name = f"{model}, version {version.version}"
     try:
-        sampling = SampleParams.model_validate_json(version.tags["sampling"])
-    except (KeyError, ValueError):
+        sampling = SampleParams.model_validate(ADDED | json.loads(version.tags["sampling"]))
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"the champion ({name}) was not registered by this version of the pipeline; {SERVE_A_FILE}") from None
     return name, _downloaded_checkpoint(root, uri, version), sampling
 

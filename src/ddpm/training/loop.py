@@ -38,6 +38,7 @@ class Log(Protocol):
 @dataclass
 class Trained:
     weights: dict[str, Tensor]  # the moving average (EMA)
+    guide: dict[str, Tensor]  # the same average after a fifth of the steps, which guidance leads away from
     train_curve: list[dict[str, float]]  # one row per window
     validation_curve: list[dict[str, float]]  # one row per validation
 
@@ -83,6 +84,8 @@ def train(p: TrainParams, data: Dataset, folder: Path, log: Log, execution: Exec
             loss, grad_norm = train_step(step, batches.next())
             window.add(step, loss, grad_norm)
             state.step = step + 1
+            if state.step == guide_step(p):
+                state.guide = {name: w.to("cpu", copy=True) for name, w in state.ema.state_dict().items()}
             if not window.is_complete(step):
                 continue
             stopping = window.close(stop)
@@ -102,7 +105,12 @@ def train(p: TrainParams, data: Dataset, folder: Path, log: Log, execution: Exec
                 number = stop[0] if stop else signal.SIGTERM
                 raise Stopped(number, f"Stopped after step {state.step}. Run the same command again to resume.")
             window.begin()
-    return Trained(state.ema.state_dict(), state.train_curve, state.validation_curve)
+    return Trained(state.ema.state_dict(), state.guide, state.train_curve, state.validation_curve)
+
+
+def guide_step(p: TrainParams) -> int:
+    """The step after which the moving average becomes the guide: a fifth of all, at least one."""
+    return max(1, p.steps // 5)
 
 
 def log_window(state: TrainingState, window: Window, bar: tqdm, log: Log) -> None:

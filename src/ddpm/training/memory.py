@@ -9,7 +9,7 @@ from ddpm.params import TrainParams
 from ddpm.training.state import architecture
 
 BACKWARD = 1.4  # what a step takes, in terms of what the forward pass keeps: gradients and work space, as measured on CPUs
-COPIES = 5  # of the weights: themselves, gradients, their moving average, and the optimiser's two moments
+COPIES = 6  # of the weights: themselves, gradients, their moving average, the guide, and the optimiser's two moments
 
 
 def memory_needed(p: TrainParams, data: Dataset, images: int, bytes_per_number: int) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from torch import Tensor
 
 from ddpm.data.dataset import Dataset
 from ddpm.diffusion.unet import UNet
@@ -27,6 +28,7 @@ class TrainingState:
     ema: UNet  # moving average of the model's weights
     optimizers: Optimizers
     step: int = 0  # steps done
+    guide: dict[str, Tensor] = field(default_factory=dict)  # the average after a fifth of the steps, on the CPU
     train_curve: list[dict[str, float]] = field(default_factory=list)
     validation_curve: list[dict[str, float]] = field(default_factory=list)
 
