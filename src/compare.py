@@ -36,7 +36,7 @@ HIDDEN_FIRST = ("train", "val.", "prec.", "recall", "c2st", FLOORS)  # on narrow
 LEGEND = """\
 ★  the lowest FID among those with the most samples
 × floor  FID divided by the FID of as many real images
-c2st     how well a network tells samples from real images: 0.5 not at all, 1 always (less with fewer than 2,000 samples)"""
+c2st     how well a network tells samples from real images: 0.5 not at all, 1 always"""
 MOST_CHANGES = 3  # changed parameters in a row, and one more if that is the last
 
 
