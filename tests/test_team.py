@@ -21,6 +21,7 @@ import crash
 from ddpm.errors import UserError
 from ddpm.files import file_sha256
 from ddpm.tracking.run import ship
+from ddpm.tracking.views import FIRST_VIEW, view_key
 from helpers import ENVIRONMENT, ROOT, Server, artifacts, copied, free_port, python, run, runs, stages_run
 
 SECTION = (ROOT / "docs/OPERATIONS.md").read_text().partition("## A team's stores")[2]
@@ -219,7 +220,7 @@ def test_make_ui_says_where_the_teams_runs_are(server: Server, client, monkeypat
         monkeypatch.setenv(name, value)
     page = (
         f"{server.address}/#/experiments/{client.create_experiment('of ada')}/runs?workflowType=machine_learning"
-        "&viewStateShareKey=ddpm-leaderboard-FashionMNIST-1\n"
+        f"&viewStateShareKey={view_key(FIRST_VIEW, 'FashionMNIST')}\n"
     )
     assert ui(server.address, **ADA).stdout == page
 
