@@ -47,8 +47,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = (channels_first(images).float() / 255 - PIXEL_MEAN) / PIXEL_STD
-        if x.shape[-1] > MOST_PIXELS:
-            x = F.interpolate(x, size=(MOST_PIXELS, MOST_PIXELS), mode="area")
+        x = averaged_down(x)
         x = F.max_pool2d(F.relu(self.stem(x)), 2)
         x = F.max_pool2d(F.relu(self.widen(x)), 2)
         x = F.relu(self.shortcut(x) + self.block(x))
@@ -56,6 +55,11 @@ class Classifier(nn.Module):
         x = F.relu(x + self.last(x))
         features = x.mean((2, 3))
         return features, self.head(self.dropout(features))
+
+
+def averaged_down(x: Tensor) -> Tensor:
+    """Images [N, C, H, H] as they are, or, if they are larger, averaged down to MOST_PIXELS along a side."""
+    return F.interpolate(x, size=(MOST_PIXELS, MOST_PIXELS), mode="area") if x.shape[-1] > MOST_PIXELS else x
 
 
 def load_classifier(path: Path, data: str = FASHION_MNIST) -> Classifier:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddpm.data.pixels import channels_first
-from ddpm.evaluation.classifier import MOST_PIXELS
+from ddpm.evaluation.classifier import averaged_down
 
 IMAGES = 2000  # of each kind at most: with more, the network would learn more and tell them apart more easily
 WIDTHS = (32, 64, 64, 64)  # of the convolutions
@@ -49,9 +49,7 @@ class Critic(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = channels_first(images // STEP * STEP).float() / 127.5 - 1
-        if x.shape[-1] > MOST_PIXELS:
-            x = F.interpolate(x, size=(MOST_PIXELS, MOST_PIXELS), mode="area")
-        return self.layers(x).squeeze(1)
+        return self.layers(averaged_down(x)).squeeze(1)
 
 
 def c2st(samples: Tensor, real: Tensor, device: torch.device, seed: int = 0, what: str = "samples") -> TwoSample:
