@@ -100,6 +100,16 @@ def test_mlflow_has_the_runs(smoke_run: Path) -> None:
     assert not [path for path in (clone / ".resume").iterdir() if path.is_dir()]  # nothing to go on from, nothing unshipped
 
 
+def test_a_fresh_clone_plots_the_curves_of_its_commit(smoke_run: Path, tmp_path: Path) -> None:
+    run(tmp_path, "git", "clone", "--quiet", str(smoke_run), "fresh")
+    plots = json.loads(run(tmp_path / "fresh", "dvc", "plots", "diff", "HEAD", "--json"))["data"]
+    for title in ("Loss", "Validation loss by quarter of the timesteps", "Learning rate", "Gradient norm"):
+        (plot,) = plots[title]
+        assert plot["revisions"] == ["workspace", "HEAD"]
+        points = plot["content"]["data"]["values"]
+        assert len({point["step"] for point in points if point["rev"] == "HEAD"}) > 1
+
+
 def test_second_repro_does_nothing(clone: Path) -> None:
     assert "up to date" in run(clone, "dvc", "repro").splitlines()[-1]
 
