@@ -41,6 +41,7 @@ def main() -> None:
     save_png(DEMO_GRID, grid(frames[-1], [pipeline.classes[c] for c in ids]))
     save_gif(DEMO_ANIMATION, animation([x[:ANIMATED] for x in frames]))
     print(f"{DEMO_GRID} and {DEMO_ANIMATION}, drawn by {PRETRAINED} with seed {p.seed}")
+    print("`make serve` opens a page to draw more")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import requests
 import torch
 import yaml
 from PIL import Image
@@ -82,6 +85,28 @@ def copied(source: Path, folder: Path) -> Path:
     shutil.copytree(source, clone, symlinks=True)
     relocate(clone / "mlflow.db", clone)
     return clone
+
+
+@contextmanager
+def served(folder: Path, *arguments: str) -> Iterator[str]:
+    """The address of `make serve` in a folder, once it answers. At the end the server stops without a traceback."""
+    port = free_port()
+    process = start(folder, "python", "src/serve.py", *arguments, "--port", str(port))
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            requests.get(f"http://127.0.0.1:{port}/about", timeout=60)
+            break
+        except requests.ConnectionError:
+            time.sleep(0.1)
+    else:
+        raise AssertionError(process.communicate()[1])
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        _, errors = process.communicate(timeout=30)
+    assert "Traceback" not in errors
 
 
 # MLflow servers and the runs in them

@@ -69,7 +69,8 @@ def test_it_draws_what_it_is_asked_for():
 def test_the_demo_draws_a_grid_and_an_animation(folder):
     done = demo(folder, python=sys.executable)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "output/demo.png and output/demo.gif, drawn by models/pretrained/fashion_ddpm.pth with seed 1\n"
+    drawn = "output/demo.png and output/demo.gif, drawn by models/pretrained/fashion_ddpm.pth with seed 1\n"
+    assert done.stdout == drawn + "`make serve` opens a page to draw more\n"
     with Image.open(folder / "output/demo.png") as grid:
         width, height = grid.size
     assert height > 10 * 56

@@ -38,6 +38,7 @@ ALLOWED = {
     "evaluation": BASE | {"data", "runtime", "figures"},
     "serving": BASE | {"data", "diffusion", "runtime", "checkpoint", "figures", "sampling"},
     "tracking": BASE | {"data", "runtime", "figures", "sampling", "serving"},
+    "web": BASE | {"data", "diffusion", "runtime", "figures", "sampling", "evaluation", "serving", "tracking"},
     "stage": BASE | {"runtime", "tracking"},
     "experiments": BASE | {"tracking"},
 }

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from ddpm.params_file import load_params
 from ddpm.sampling.batches import draw_images
 from ddpm.sampling.pipeline import Pipeline
 from ddpm.serving.requests import Request, class_numbers, respond
-from helpers import free_port
+from helpers import free_port, served
 
 pytestmark = pytest.mark.slow
 
@@ -78,30 +77,8 @@ def test_other_classes_are_refused(given):
 @pytest.fixture(scope="module")
 def server(random_model):
     """The address of a real server of a model that has learned nothing."""
-    port, process = serve(str(random_model))
-    yield f"http://127.0.0.1:{port}"
-    stop(process)
-
-
-def serve(*arguments: str) -> tuple[int, subprocess.Popen]:
-    port = free_port()
-    command = ["python", "src/serve.py", *arguments, "--port", str(port)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            requests.get(f"http://127.0.0.1:{port}/", timeout=5)
-        except requests.ConnectionError:
-            time.sleep(0.1)
-        else:
-            return port, process
-    raise AssertionError(process.communicate()[1])
-
-
-def stop(process: subprocess.Popen) -> None:
-    process.terminate()
-    _, errors = process.communicate(timeout=30)
-    assert "Traceback" not in errors
+    with served(ROOT, str(random_model)) as address:
+        yield address
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -139,7 +116,7 @@ def test_what_is_left_out_is_as_in_the_parameters(server, random_model, tmp_path
     assert [i["class"] for i in images] == list(CLASSES)
     served = np.stack([pixels(base64.b64decode(i["png"])) for i in images])
     assert abs(served - drawn_by_the_stage(random_model, tmp_path / "a", 10, seed=0)).max() <= 1
-    about = requests.get(f"{server}/", timeout=10).json()
+    about = requests.get(f"{server}/about", timeout=10).json()
     assert about["model"] == str(random_model)
     assert SampleParams.model_validate(about["sampling"]) == SAMPLING
 

@@ -176,9 +176,9 @@ def decoded(images: list[dict]) -> np.ndarray:
 
 def test_serve_takes_the_champion(clone: Path, best_samples: np.ndarray) -> None:
     address = f"http://127.0.0.1:{(port := free_port())}"
-    process = server(clone, [sys.executable, "src/serve.py", "--port", str(port)], f"{address}/")
+    process = server(clone, [sys.executable, "src/serve.py", "--port", str(port)], f"{address}/about")
     try:
-        assert requests.get(f"{address}/", timeout=10).json()["model"].startswith("fashion-ddpm, version ")
+        assert requests.get(f"{address}/about", timeout=10).json()["model"].startswith("fashion-ddpm, version ")
         images = requests.post(f"{address}/images", json={}, timeout=60).json()["images"]
     finally:
         end(process)

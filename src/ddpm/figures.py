@@ -48,9 +48,13 @@ def save_png(path: Path, picture: Image.Image) -> None:
     write_atomic(path, png(picture))
 
 
-def save_gif(path: Path, frames: Sequence[Image.Image], frame_ms: int = 100, hold_ms: int = 2500) -> None:
-    """Write an animation that repeats endlessly and holds its last frame for `hold_ms`."""
+def gif(frames: Sequence[Image.Image], frame_ms: int = 100, hold_ms: int = 2500) -> bytes:
+    """The bytes of an animation that repeats endlessly and holds its last frame for `hold_ms`."""
     buffer = io.BytesIO()
     durations = [frame_ms] * (len(frames) - 1) + [hold_ms]
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_gif(path: Path, frames: Sequence[Image.Image]) -> None:
+    write_atomic(path, gif(frames))

@@ -22,13 +22,18 @@ class Samples:
     checkpoint_sha256: str | None  # of the model file that drew them; None if unknown
 
 
-def write_samples(path: Path, samples: Samples) -> None:
+def npz(samples: Samples) -> bytes:
+    """The bytes of such a file."""
     archive = io.BytesIO()
     arrays: dict[str, Any] = {"images": samples.images.numpy(), "labels": samples.labels.numpy()}
     if samples.checkpoint_sha256 is not None:
         arrays["checkpoint_sha256"] = samples.checkpoint_sha256
     np.savez_compressed(archive, **arrays)
-    write_atomic(path, archive.getvalue())
+    return archive.getvalue()
+
+
+def write_samples(path: Path, samples: Samples) -> None:
+    write_atomic(path, npz(samples))
 
 
 def read_samples(path: Path) -> Samples:

@@ -35,6 +35,12 @@ def spaced_timesteps(timesteps: int, steps: int, spacing: str) -> list[int]:
     return times.tolist()
 
 
+def is_guided(diffusion: Diffusion, t: int, guidance_scale: float, guidance_interval: Sequence[float] | None) -> bool:
+    """Whether a guided denoiser makes a second prediction at timestep t."""
+    lowest, highest = guidance_interval or (0, math.inf)
+    return guidance_scale != 1 and lowest <= diffusion.noise_level(t) <= highest
+
+
 def guided_denoiser(
     model: Callable,
     diffusion: Diffusion,
@@ -54,13 +60,9 @@ def guided_denoiser(
     (Kynkäänniemi et al. 2024, sec. 3). `clip` limits x̂0 to the range of pixels, [-1, 1].
     """
 
-    def is_guided(t: int) -> bool:
-        lowest, highest = guidance_interval or (0, math.inf)
-        return guidance_scale != 1 and lowest <= diffusion.noise_level(t) <= highest
-
     def denoise(x: Tensor, t: int) -> Tensor:
         times = torch.full((len(x),), t, device=x.device)
-        if not is_guided(t):
+        if not is_guided(diffusion, t, guidance_scale, guidance_interval):
             output = model(x, times, labels)
         else:
             no_labels = torch.full_like(labels, null_class)

@@ -1,6 +1,6 @@
 """One batch of images from a trained model. `src/sample.py` draws thousands with it, the server a few on request."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -58,14 +58,25 @@ class Pipeline:
         x_T = noise()
         yield x_T
         draws = chain([x_T], iter(noise, None))  # the sampler starts from the same x_T, then draws new noise
-        can_guide = self.guide is not None or p.class_ids(self.null_class)  # away from the guide, or towards a class
-        guidance = p.guidance_scale if can_guide else 1.0
-        for x, _ in iter_samples(
-            self.model, self.diffusion, labels.to(self.device), self.null_class, lambda: next(draws),
-            p.sampler, p.steps, p.spacing, p.eta, p.variance, p.clip,
-            guidance_scale=guidance, guidance_interval=p.guidance_interval, guide=self.guide,
-        ):  # fmt: skip
+        for x, _ in self.iter_steps(labels, p, lambda: next(draws)):
             yield x
+
+    def iter_steps(
+        self, labels: Tensor, p: SampleParams, noise: Callable[[], Tensor], model: Callable | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """x_t and the estimate x̂0 of the clean images after every step, both float [N, C, H, W], for classes int64 [N].
+
+        `noise()` gives x_T first, then what the sampler adds. `model` takes the place of the network, such as a mixture of two.
+        """
+        return iter_samples(
+            model or self.model, self.diffusion, labels.to(self.device), self.null_class, noise,
+            p.sampler, p.steps, p.spacing, p.eta, p.variance, p.clip,
+            guidance_scale=self.guidance(p), guidance_interval=p.guidance_interval, guide=self.guide,
+        )  # fmt: skip
+
+    def guidance(self, p: SampleParams) -> float:
+        """The guidance scale of `p`, or 1 if there is nothing to guide by: no guide, and no class."""
+        return p.guidance_scale if self.guide is not None or p.class_ids(self.null_class) else 1.0
 
 
 def label_batches(classes: list[int], count: int, size: int = BATCH) -> list[tuple[int, Tensor]]:

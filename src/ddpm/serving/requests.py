@@ -4,7 +4,7 @@ import base64
 import difflib
 import reprlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from ddpm.params import SampleParams
 from ddpm.sampling.pipeline import Pipeline, label_batches
 
 ONE_AT_A_TIME = threading.Lock()  # requests wait for one another: PyTorch uses all processors for one batch
+NAMES_OR_NUMBERS: dict[str, Any] = {  # JSON may have numbers, too
+    "anyOf": [{"type": "array", "items": {"type": ["string", "integer"]}, "minItems": 1}, {"type": "null"}]
+}
 
 
 class Request(BaseModel):
@@ -27,7 +30,7 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
-    classes: list[str] | None = None  # names or numbers; the images take turns
+    classes: list[str] | None = Field(None, json_schema_extra=NAMES_OR_NUMBERS)  # the images take turns
     count: int = Field(10, ge=1, le=500)
     seed: int = Field(0, ge=0, lt=2**32)
     steps: int | None = Field(None, ge=1, le=10_000)
@@ -46,7 +49,14 @@ def respond(pipeline: Pipeline, sampling: SampleParams, request: Request) -> tup
 
     `sampling` has the values that the request omits. Raises UserError if the model can't do what is asked.
     """
-    changes: dict[str, Any] = request.model_dump(include={"seed", "steps", "guidance_scale"}, exclude_none=True)
+    with ONE_AT_A_TIME:
+        *_, result = drawing(pipeline, parameters(pipeline, sampling, request), request.count)
+    return result
+
+
+def parameters(pipeline: Pipeline, sampling: SampleParams, request: Request) -> SampleParams:
+    """What the request asks for, with the values of `sampling` that it omits. Raises UserError if the model can't do it."""
+    changes: dict[str, Any] = request.model_dump(include={"seed", "steps", "sampler", "guidance_scale"}, exclude_none=True)
     if request.classes:
         changes["classes"] = class_numbers(request.classes, pipeline.classes)
     if pipeline.label_dropout == 1:  # trained without classes
@@ -55,13 +65,23 @@ def respond(pipeline: Pipeline, sampling: SampleParams, request: Request) -> tup
         changes.setdefault("guidance_scale", 1.0)
     p = sampling.model_copy(update=changes)
     pipeline.check(p)
+    return p
+
+
+def drawing(pipeline: Pipeline, p: SampleParams, count: int) -> Iterator[Any]:
+    """Yields "step" after every step, and at last what `respond` returns."""
     images, names = [], []
-    with ONE_AT_A_TIME:
-        for first, labels in label_batches(pipeline.class_ids(p), request.count):
-            *_, x = pipeline.iter_samples(labels, p, first)
-            images.append(to_uint8(x).cpu())
-            names += [[*pipeline.classes, "none"][label] for label in labels]
-    return torch.cat(images), names
+    for first, labels in label_batches(pipeline.class_ids(p), count):
+        for x in pipeline.iter_samples(labels, p, first):  # noqa: B007 -- the last one is used
+            yield "step"
+        images.append(to_uint8(x).cpu())
+        names += class_names(pipeline, labels)
+    yield torch.cat(images), names
+
+
+def class_names(pipeline: Pipeline, labels: Tensor) -> list[str]:
+    """For each label the name of its class, which is "none" for the null class."""
+    return [[*pipeline.classes, "none"][label] for label in labels]
 
 
 def encoded(images: Tensor, names: list[str]) -> list[dict[str, str]]:

@@ -41,6 +41,24 @@ def evaluations(root: Path, data_sets: Iterable[str]) -> dict[str, "Run"]:
     return {run.data.tags["samples_md5"]: run for run in reversed(runs) if "samples_md5" in run.data.tags}
 
 
+def evaluation_of(root: Path, data_set: str, checkpoint_sha256: str) -> "Run | None":
+    """The evaluation of a model with the lowest FID; None if the store has none, or can't be reached."""
+    if not store_exists(tracking_uri(root)):
+        return None
+    try:
+        client = connect(root)
+        if not (experiment := find_experiment(client, data_set)):
+            return None
+        condition = (
+            f"tags.stage = 'evaluate' and attributes.status = 'FINISHED' and tags.checkpoint_sha256 = '{checkpoint_sha256}'"
+        )
+        order = ["metrics.`eval/fid` ASC"]
+        found = client.search_runs([experiment.experiment_id], condition, max_results=1, order_by=order)
+    except Exception:  # a store that is down; figures are left out
+        return None
+    return found[0] if found else None
+
+
 def _experiments(client: "MlflowClient", data_sets: Iterable[str]) -> list[str]:
     """The ids of the data sets' experiments. There is a warning for one that was deleted."""
     found = set()
