@@ -8,6 +8,9 @@ results of the bench, and a log. The guidance is not the preset's, but the best 
 
 `python release/publish.py take OUT`, in your own checkout, copies all of that to where the repository has it: models/pretrained,
 docs/ and bench/results.
+
+`python release/publish.py judge`, there too, draws and judges the repository's model once more, by its preset's sampling: after a
+change of the sampling or of the metrics. On two slow cores that takes more than an hour; an interrupted one resumes.
 """
 
 import argparse
@@ -285,13 +288,45 @@ def take(out: Path) -> None:
     with zipfile.ZipFile(out / "pictures.zip") as archive:
         for name in ("generated_samples.png", "denoising.gif", "nearest_neighbours.png"):
             (ROOT / f"docs/images/pretrained-{name}").write_bytes(archive.read(f"output/{name}"))
-    keep("models", (kept("models") or {}) | {card["preset"]: card})
-    template = jinja2.Template((ROOT / "release/card.md.j2").read_text(), keep_trailing_newline=True)
-    (folder / "README.md").write_text(template.render(card=card, metrics=table_of_metrics({card["preset"]: card})))
-    bench.write_pages()
+    write_card_pages(card)
     print(f"{folder} has the model; `git diff --stat` shows what else is new")
     if missing := [part for part in (SWEEP, *PARTS) if kept(part) is None]:
         print(f"not measured yet: `python bench/run.py --full {' '.join(missing)}` does it")
+
+
+def judge(data: Path | None) -> None:
+    """Draw and judge the model that the repository has, as its preset says now, and renew its card, pictures and pages."""
+    card = json.loads((ROOT / paths.PRETRAINED_CARD).read_text())
+    work = Work(card["preset"], data, ENOUGH)
+    work.write_params(data)
+    work.step("download", "src/download.py")
+    work.write_params()
+    work.step("sample", "src/sample.py", str(paths.PRETRAINED))
+    work.step("evaluate", "src/evaluate.py")
+    renew_card(card, work.settings["sample"], work.root)
+
+
+def renew_card(card: dict, sampling: dict, made: Path) -> None:
+    """Write the card of the repository's model with `sampling` and what it gave in the folder `made`."""
+    on, metrics = machine(), json.loads((made / paths.EVALUATION_METRICS).read_text())
+    of_training = {name: card["metrics"][name] for name in ("train_loss", "val_loss", "parameters")}
+    card.setdefault("metrics_when_made", card["metrics"])
+    card["metrics"] = {name: value for name, value in metrics.items() if not isinstance(value, str)} | of_training
+    card["params"]["sample"] = sampling
+    card["judged"] = {"device": on["processor"], "torch": on["versions"]["torch"], "date": on["date"]}
+    (ROOT / paths.PRETRAINED_CARD).write_text(json.dumps(card, indent=1) + "\n")
+    shutil.copy(made / paths.SAMPLES, ROOT / paths.PRETRAINED_SAMPLES)
+    for path in (paths.GRID, paths.ANIMATION, paths.NEIGHBOURS):
+        shutil.copy(made / path, ROOT / f"docs/images/pretrained-{path.name}")
+    write_card_pages(card)
+
+
+def write_card_pages(card: dict) -> None:
+    keep("models", (kept("models") or {}) | {card["preset"]: card})
+    template = jinja2.Template((ROOT / "release/card.md.j2").read_text(), keep_trailing_newline=True)
+    page = template.render(card=card, metrics=table_of_metrics({card["preset"]: card}))
+    (ROOT / paths.PRETRAINED_FOLDER / "README.md").write_text(page)
+    bench.write_pages()
 
 
 def main() -> None:
@@ -306,11 +341,15 @@ def main() -> None:
     )
     taking = commands.add_parser("take", help="put it into this checkout")
     taking.add_argument("out", type=Path, metavar="OUT")
+    judging = commands.add_parser("judge", help="draw and judge the repository's model again, as its preset says now")
+    judging.add_argument("--data", type=Path, metavar="FOLDER", help="with Fashion-MNIST's .gz files; else it is downloaded")
     options = parser.parse_args()
     if options.command == "make":
         make(options.out, options.preset, options.data, options.count)
-    else:
+    elif options.command == "take":
         take(options.out)
+    else:
+        judge(options.data)
 
 
 if __name__ == "__main__":
