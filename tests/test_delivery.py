@@ -375,8 +375,8 @@ def test_an_old_server_gets_all_it_knows_and_its_database_is_upgraded(old_mlflow
         monkeypatch.setenv("MLFLOW_TRACKING_URI", front.address)
         with evaluation(tmp_path, "old") as run:
             sent(run)
-        (warning,) = capsys.readouterr().err.splitlines()
-        assert "can't take the model in the tab Models, perhaps because it is too old" in warning
+        warnings = capsys.readouterr().err  # on a busy machine also that the server was slow
+        assert warnings.count("can't take the model in the tab Models, perhaps because it is too old") == 1
         assert found(connect(tmp_path), "old") == all_but("model")
         assert champion(tmp_path)[0] == f"{MODEL_NAME}, version 1"
 
