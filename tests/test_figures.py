@@ -1,8 +1,10 @@
+import io
+
 import numpy as np
 import torch
 from PIL import Image
 
-from ddpm.figures import save_gif, save_png, sheet
+from ddpm.figures import gif, save_png, sheet
 
 IMAGES = torch.randint(0, 255, (5, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8)  # none is all paper
 TILE, GAP = 56, 2  # 28 pixels twice as large
@@ -46,26 +48,26 @@ def test_png_is_lossless_and_its_bytes_repeat(tmp_path):
         assert (np.array(decoded) == np.array(picture)).all()
 
 
-def test_gif_plays_every_frame_for_ever_and_holds_the_last(tmp_path):
+def test_gif_plays_every_frame_for_ever_and_holds_the_last():
     frames = [sheet(image[None], columns=1) for image in IMAGES]
-    save_gif(tmp_path / "a.gif", frames, frame_ms=70, hold_ms=900)
-    with Image.open(tmp_path / "a.gif") as gif:
-        assert gif.n_frames == 5
-        assert gif.info["loop"] == 0
+    content = gif(frames, frame_ms=70, hold_ms=900)
+    with Image.open(io.BytesIO(content)) as animation:
+        assert animation.n_frames == 5
+        assert animation.info["loop"] == 0
         durations = []
         for i, frame in enumerate(frames):
-            gif.seek(i)
-            durations.append(gif.info["duration"])
-            assert (np.array(gif.convert("L")) == np.array(frame)).all(), f"frame {i}"
+            animation.seek(i)
+            durations.append(animation.info["duration"])
+            assert (np.array(animation.convert("L")) == np.array(frame)).all(), f"frame {i}"
         assert durations == [70, 70, 70, 70, 900]
 
 
-def test_gif_of_frames_that_stand_still_lasts_as_long(tmp_path):
+def test_gif_of_frames_that_stand_still_lasts_as_long():
     still = sheet(IMAGES[:1], columns=1)
-    save_gif(tmp_path / "a.gif", [still, still, sheet(IMAGES[1:2], columns=1)], frame_ms=100, hold_ms=500)
-    with Image.open(tmp_path / "a.gif") as gif:
+    content = gif([still, still, sheet(IMAGES[1:2], columns=1)], frame_ms=100, hold_ms=500)
+    with Image.open(io.BytesIO(content)) as animation:
         total = 0
-        for i in range(gif.n_frames):
-            gif.seek(i)
-            total += gif.info["duration"]
+        for i in range(animation.n_frames):
+            animation.seek(i)
+            total += animation.info["duration"]
     assert total == 700
