@@ -52,6 +52,7 @@ PRESETS = ("h100", "smoke")  # whose model knows classes
 KEPT = (paths.PRETRAINED.name, paths.PRETRAINED_CARD.name, "runs.zip", paths.PRETRAINED_SAMPLES.name)
 MADE = (*KEPT, "pictures.zip", "results.zip")
 PICTURES = ("output/*.png", "output/*.gif", "output/plots/*.tsv")
+PUBLISHED_PICTURES = (paths.GRID, paths.ANIMATION, paths.NEIGHBOURS)
 ENOUGH = 10_000  # samples; a run with fewer is a trial, which skips the bench
 LIMIT = 16 << 20  # bytes of a file in OUT
 NOWHERE = "http://127.0.0.1:9"  # no MLflow answers there, so every run keeps its journal
@@ -119,12 +120,12 @@ class Work:
         with self.log.open("a") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
-    def evaluated(self, name: str, count: int) -> dict[str, float]:
-        """The metrics of `count` samples of the current model."""
+    def evaluated(self, name: str, count: int, *model: str) -> dict[str, float]:
+        """The metrics of `count` samples of the current model, or of the file `model`."""
         path = self.root / f"{name}.json"
         if not path.exists():
             self.write_params(count=count)
-            self.step(f"{name}: sample", "src/sample.py")
+            self.step(f"{name}: sample", "src/sample.py", *model)
             self.step(f"{name}: evaluate", "src/evaluate.py")
             shutil.copy(self.root / paths.EVALUATION_METRICS, path)
         return {metric: value for metric, value in json.loads(path.read_text()).items() if not isinstance(value, str)}
@@ -286,8 +287,8 @@ def take(out: Path) -> None:
     with zipfile.ZipFile(out / "results.zip") as archive:
         archive.extractall(ROOT)
     with zipfile.ZipFile(out / "pictures.zip") as archive:
-        for name in ("generated_samples.png", "denoising.gif", "nearest_neighbours.png"):
-            (ROOT / f"docs/images/pretrained-{name}").write_bytes(archive.read(f"output/{name}"))
+        for path in PUBLISHED_PICTURES:
+            (ROOT / f"docs/images/pretrained-{path.name}").write_bytes(archive.read(path.as_posix()))
     write_card_pages(card)
     print(f"{folder} has the model; `git diff --stat` shows what else is new")
     if missing := [part for part in (SWEEP, *PARTS) if kept(part) is None]:
@@ -300,24 +301,16 @@ def judge(data: Path | None) -> None:
     work = Work(card["preset"], data, ENOUGH)
     work.write_params(data)
     work.step("download", "src/download.py")
-    work.write_params()
-    work.step("sample", "src/sample.py", str(paths.PRETRAINED))
-    work.step("evaluate", "src/evaluate.py")
-    renew_card(card, work.settings["sample"], work.root)
-
-
-def renew_card(card: dict, sampling: dict, made: Path) -> None:
-    """Write the card of the repository's model with `sampling` and what it gave in the folder `made`."""
-    on, metrics = machine(), json.loads((made / paths.EVALUATION_METRICS).read_text())
+    metrics, on = work.evaluated("judged", ENOUGH, str(paths.PRETRAINED)), machine()
     of_training = {name: card["metrics"][name] for name in ("train_loss", "val_loss", "parameters")}
     card.setdefault("metrics_when_made", card["metrics"])
-    card["metrics"] = {name: value for name, value in metrics.items() if not isinstance(value, str)} | of_training
-    card["params"]["sample"] = sampling
+    card["metrics"] = metrics | of_training
+    card["params"]["sample"] = work.settings["sample"]
     card["judged"] = {"device": on["processor"], "torch": on["versions"]["torch"], "date": on["date"]}
     (ROOT / paths.PRETRAINED_CARD).write_text(json.dumps(card, indent=1) + "\n")
-    shutil.copy(made / paths.SAMPLES, ROOT / paths.PRETRAINED_SAMPLES)
-    for path in (paths.GRID, paths.ANIMATION, paths.NEIGHBOURS):
-        shutil.copy(made / path, ROOT / f"docs/images/pretrained-{path.name}")
+    shutil.copy(work.root / paths.SAMPLES, ROOT / paths.PRETRAINED_SAMPLES)
+    for path in PUBLISHED_PICTURES:
+        shutil.copy(work.root / path, ROOT / f"docs/images/pretrained-{path.name}")
     write_card_pages(card)
 
 

@@ -182,9 +182,7 @@ class Answers:
     async def _drawn_whole(self, model: Model, wanted: Request, http: Http) -> tuple[Tensor, list[str]]:
         """Images and names, for addresses that show no steps."""
         p = parameters(model.pipeline, model.sampling, wanted)
-        with self.queue.place() as place:
-            async for _ in self.queue.ahead(place, http):
-                pass
+        async with self.queue.turn(http):
             async for done in worked_off(drawing(model.pipeline, p, wanted.count), http):
                 if done != "step":
                     return done
@@ -219,9 +217,7 @@ class Answers:
         plan = Plan(model.pipeline, model.sampling, wanted)
         if kept := self.kept.get(_key(model, plan)):
             return kept
-        with self.queue.place() as place:
-            async for _ in self.queue.ahead(place, http):
-                pass
+        async with self.queue.turn(http):
             return self._keep(model, plan, [step async for step in worked_off(plan.steps(), http)])
 
     def _keep(self, model: Model, plan: Plan, steps: list[Step]) -> Drawn:

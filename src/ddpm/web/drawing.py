@@ -57,7 +57,7 @@ class Plan:
         self.pipeline, self.drawing = pipeline, drawing
         self.p = parameters(pipeline, sampling, drawing)
         size = drawing.count * pipeline.image_shape[0] * pipeline.image_shape[1] ** 2 * 2 * (self.p.steps + 1)
-        if drawing.steps is None and self.p.steps > 100:  # by the model's parameters; the field's own limit speaks for itself
+        if self.p.steps > 100:  # by the model's parameters: the field has its own limit
             raise UserError(f"steps: {self.p.steps} in this model's parameters are too many for the page; ask for at most 100")
         if drawing.count > pipeline.batch_size or size > LARGEST:
             raise UserError(f"count: {drawing.count} images in {self.p.steps} steps are too many at once; ask for fewer")

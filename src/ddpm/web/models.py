@@ -60,9 +60,13 @@ class Models:
         self.lock = threading.RLock()
         self.loaded: dict[str, Pipeline] = {}  # by SHA-256, the last one used at the end
         self.hashes: dict[tuple, str] = {}  # of files, by what tells that they have changed
-        if not file:
-            champion(root, params.data.name)  # raises what is wrong with MLflow; later on, its model is just left out
-        self.first = self.load(next(iter(self.names())))
+        if file:  # which needs no MLflow
+            first = FILE
+        elif champion(root, params.data.name):  # raises what is wrong with MLflow; later on, its model is just left out
+            first = CHAMPION
+        else:
+            first = next(iter(self.names()))
+        self.first = self.load(first)
 
     def names(self) -> dict[str, str]:
         """The models there are, by the key to load each with: first the one to start with."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TypeVar
 
 from fastapi import Request
@@ -49,10 +49,16 @@ class Queue:
             if ahead != told:
                 yield (told := ahead)
             await _stays(http)
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self.moved.wait(), LOOK_SECONDS)
-            except TimeoutError:
-                continue
+
+    @asynccontextmanager
+    async def turn(self, http: Request) -> AsyncIterator[None]:
+        """Our turn, once it comes, for those who needn't know how many are ahead."""
+        with self.place() as place:
+            async for _ in self.ahead(place, http):
+                pass
+            yield
 
 
 async def worked_off(items: Iterator[T], http: Request) -> AsyncIterator[T]:
